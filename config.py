@@ -1,0 +1,209 @@
+"""Settings and requests: the one place that reads the environment, and how a run gets its ID.
+
+Importing this module reads nothing; `load_settings()` does, once, when a program starts.
+"""
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dotenv import load_dotenv
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+PROJECT = Path(__file__).resolve().parent
+
+# DBOS goes on with a run only under the version that started it. The version it would compute is a
+# hash of the workflow's source, here pydantic-ai's own, and of dbos's release: an upgrade of either
+# would strand every unfinished run, which would then wait, silently, for ever. Change it whenever a
+# run in flight could not go on under the new code: other steps, another order, other stored types.
+APP_VERSION = "1"
+
+MODEL_BY_KEY = {
+    "OPENROUTER_API_KEY": "openrouter:openai/gpt-5.4-mini",
+    "OPENAI_API_KEY": "openai:gpt-6-luna",
+    "ANTHROPIC_API_KEY": "anthropic:claude-haiku-5-5",
+}
+"""The model that each key chooses when `MODEL` is not set. The first key found wins."""
+
+
+class ResearchError(Exception):
+    """What a person can mend: the text says what is wrong and what to do, in one or two lines."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class ResearchRequest:
+    """One question of one user to one model."""
+
+    tenant_id: str
+    user_id: str
+    company: str
+    model: str
+    bucket: str = ""
+    """Any text: a date, a quarter, a number. Another bucket is another run of the same request."""
+
+    @property
+    def prompt(self) -> str:
+        """What the model is asked."""
+        return f'Write a research report on the company "{self.company}".'
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What is stored beside the run, to tell later what was asked."""
+        return {**asdict(self), "request_id": derive_run_id(self)}
+
+
+def derive_run_id(request: ResearchRequest) -> str:
+    """Derive the DBOS workflow ID: the same request gets the same ID, and so the same run.
+
+    Copy this for requests of your own, and put in all that makes two of them different. Leave out
+    the time of day or the date, or a run that is killed before midnight starts over after it.
+
+    Returns:
+        A prefix for people and 16 hexadecimal digits of SHA-256, such as
+        `research-acme-0123456789abcdef`: the same on every machine and every Python.
+    """
+    # JSON keeps the parts apart; joined to one string, "ab" + "c" would equal "a" + "bc".
+    parts = [request.tenant_id, request.user_id, "research", normalize(request.prompt)]
+    parts += [request.model, request.bucket]
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    letters = unicodedata.normalize("NFKD", normalize(request.company)).encode("ascii", "ignore")
+    name = re.sub(r"[^a-z0-9]+", "-", letters.decode()).strip("-")[:24].strip("-")
+    return f"research-{name}-{digest}" if name else f"research-{digest}"
+
+
+def normalize(text: str) -> str:
+    """Make texts equal that differ only in case, Unicode form or stray spaces."""
+    folded = unicodedata.normalize("NFD", text).casefold()
+    return " ".join(unicodedata.normalize("NFC", folded).split())
+
+
+def clean_text(what: str, text: str, *, limit: int = 100) -> str:
+    """Return `text` without stray spaces; raise `ResearchError` if it is empty or unfit.
+
+    Args:
+        what: Names the text in the error.
+        text: What somebody typed.
+        limit: The most characters it may have.
+    """
+    text = text.strip()
+    if not 0 < len(text) <= limit:
+        raise ResearchError(f"{what} has {len(text)} characters: give it 1 to {limit}.")
+    for character in text:
+        # Category C is control, invisible, half (surrogate) and unassigned: the last because a
+        # later Python may fold them, and derive another ID. Some languages spell with joiners.
+        if unicodedata.category(character)[0] == "C" and character not in "\u200c\u200d":
+            code = f"U+{ord(character):04X}"
+            raise ResearchError(f"{what} holds the control character {code}: leave it out.")
+    return " ".join(text.split())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment decides."""
+
+    model: str
+    database_url: URL
+    tenant_id: str
+    user_id: str
+    failure_rate: float
+    """Chance, 0 to 1, that one attempt of the flaky tool fails."""
+    latency: float
+    """Seconds, 0 to 10, that a simulated call takes."""
+
+    def request(self, company: str, bucket: str = "") -> ResearchRequest:
+        """Ask for a report on a company; raise `ResearchError` for a name that is unfit."""
+        company = clean_text("the company's name", company)
+        bucket = clean_text("the bucket", bucket) if bucket else ""
+        return ResearchRequest(self.tenant_id, self.user_id, company, self.model, bucket)
+
+    @property
+    def database_label(self) -> str:
+        """The database as anybody may see it: without user and password."""
+        url = self.database_url
+        if url.drivername == "sqlite":
+            return f"SQLite {Path(url.database or '').name}"
+        return f"Postgres {url.database} on {url.host or 'this machine'}"
+
+    @property
+    def pooled_host(self) -> str | None:
+        """The host, if it is Neon's pooled one, which gives no session to hold a lock in."""
+        host = self.database_url.host or ""
+        return host if "-pooler" in host else None
+
+
+def load_settings() -> Settings:
+    """Read the environment, and `.env` beside this file for what the environment leaves unset.
+
+    Raises:
+        ResearchError: A value cannot be used; the text names its key.
+    """
+    try:
+        load_dotenv(PROJECT / ".env")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResearchError(f".env cannot be read: {error}") from None
+    for key in MODEL_BY_KEY:
+        if not _read(key):  # an empty line means "not set", to the provider's client as well
+            os.environ.pop(key, None)
+        elif not (_read(key).isascii() and _read(key).isprintable()):
+            raise ResearchError(f"{key} holds a character that no key has: copy the key again.")
+    by_key = (model for key, model in MODEL_BY_KEY.items() if _read(key))
+    return Settings(
+        model=clean_text("MODEL", _read("MODEL") or next(by_key, "offline")),
+        database_url=_database_url(),
+        tenant_id=clean_text("TENANT_ID", _read("TENANT_ID") or "local"),
+        user_id=clean_text("USER_ID", _read("USER_ID") or "local"),
+        failure_rate=_number("DEMO_FAILURE_RATE", "0.7", highest=1),
+        latency=_number("DEMO_LATENCY", "1.0", highest=10),
+    )
+
+
+def _read(key: str) -> str:
+    return os.environ.get(key, "").strip()
+
+
+def _number(key: str, default: str, *, highest: int) -> float:
+    text = _read(key) or default
+    try:
+        if 0 <= float(text) <= highest:  # "nan" is not
+            return float(text)
+    except ValueError:
+        pass
+    raise ResearchError(
+        f"{key}={text} is no number from 0 to {highest}: change it or leave it out."
+    )
+
+
+def _database_url() -> URL:
+    key = "DBOS_SYSTEM_DATABASE_URL" if _read("DBOS_SYSTEM_DATABASE_URL") else "NEON_DATABASE_URL"
+    text = _read(key)
+    if not text:
+        return URL.create("sqlite", database=str(PROJECT / "research.sqlite"))
+    # No message quotes the URL: it may hold a password.
+    unfit = ResearchError(
+        f"{key} is no database URL that can be used. Write it as\n"
+        "postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:////absolute/path.sqlite"
+    )
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        raise unfit from None
+    kind = url.drivername.partition("+")[0]
+    if not url.database or url.database.startswith(":"):  # in memory, nothing outlives a process
+        raise unfit
+    if kind in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql")
+    if kind != "sqlite":
+        raise unfit
+    # Relative to this file: relative to the current directory, a rerun from elsewhere would find
+    # an empty database, and start over.
+    path = PROJECT / url.database
+    if not path.parent.is_dir():
+        raise ResearchError(f"{key}: there is no folder {path.parent}. Create it or correct it.")
+    return url.set(drivername="sqlite", database=str(path))
