@@ -538,8 +538,11 @@ def main() -> int:
         agent = launch(settings, verbose=options.verbose)
         if options.list:
             tell_runs()
-        else:
+            return 0
+        try:
             tell_run(asyncio.run(research(agent, settings, request, run_id)))
+        finally:
+            DBOS.delete_queue(DBOS.executor_id)  # stored in the database if there was a resumption
     except ResearchError as error:
         if options.verbose:
             traceback.print_exc()

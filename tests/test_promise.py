@@ -1,0 +1,254 @@
+"""Every row of the promise, by real processes that are really killed."""
+
+import signal
+import sqlite3
+from pathlib import Path
+
+import pytest
+from conftest import App
+
+STEPS = ["1", "2", "3", "4"]
+
+
+def report_of(text: str) -> str:
+    """Return the report in what was printed."""
+    return text[text.index("company_name") : text.index("step  ")]
+
+
+def test_a_new_run_is_started_and_each_step_is_executed_once(app: App) -> None:
+    run = app.run("Acme")
+    assert run.wait() == 0, run.stderr
+    assert "research-acme-" in run.stdout
+    assert run.stdout.splitlines()[0].startswith("Run research-acme-")
+    assert ": new." in run.stdout
+    assert app.ledger("effect") == [
+        "effect model",
+        *(line for line in app.ledger("effect") if " overview " in line or " financials " in line),
+        "effect model",
+    ]
+    assert len(app.ledger("effect")) == 4
+    assert app.ledger("committed") == [
+        *(f"committed {step}" for step in STEPS),
+        "committed outcome SUCCESS",
+    ]
+    assert app.status() == "SUCCESS"
+
+
+def test_a_finished_run_is_replayed_without_any_request_call_or_write(app: App) -> None:
+    first = app.run("Acme")
+    before = app.ledger()
+    tables = ["workflow_status", "operation_outputs", "workflow_input", "workflow_output"]
+    rows = {table: app.rows(f"SELECT * FROM {{dbos}}{table}") for table in tables}
+    again = app.run("Acme")
+    assert again.wait() == 0
+    assert "finished before" in again.stdout
+    assert report_of(again.stdout) == report_of(first.stdout)
+    assert "  step " not in again.stdout
+    assert again.stdout.count("restored") == 4
+    assert app.ledger() == before
+    assert {table: app.rows(f"SELECT * FROM {{dbos}}{table}") for table in tables} == rows
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_goes_on_after_its_last_checkpoint(
+    app: App, signal_number: signal.Signals
+) -> None:
+    killed = app.start("Acme", WAIT_AT="after financials")
+    app.until("waiting after financials")
+    killed.signal(signal_number)
+    assert killed.wait() == (130 if signal_number == signal.SIGINT else -signal_number)
+    assert app.status() == "PENDING"
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert "interrupted, goes on after 2 finished steps" in again.stdout.replace("\n", " ")
+    assert "step 1:" not in again.stdout
+    assert "step 2:" not in again.stdout
+    assert len(app.ledger("effect model")) == 2
+    assert len(app.ledger("effect overview")) == 1
+
+
+def test_ctrl_c_says_what_is_stored_and_how_to_go_on(app: App) -> None:
+    interrupted = app.start("Acme", WAIT_AT="after financials")
+    app.until("waiting after financials")
+    interrupted.signal(signal.SIGINT)
+    assert interrupted.wait() == 130
+    assert interrupted.stderr.strip() == (
+        "Interrupted: 2 finished steps are stored. Run the same command to go on."
+    )
+
+
+def test_the_step_in_flight_runs_twice_with_one_idempotency_key(app: App) -> None:
+    killed = app.start("Acme", KILL_AT="before commit 3")
+    assert killed.wait() == -signal.SIGKILL
+    assert app.run("Acme").wait() == 0
+    effects = app.ledger("effect financials")
+    assert len(effects) == 2
+    assert effects[0] == effects[1]
+    assert effects[0].endswith(":3")
+
+
+def test_crash_kills_after_the_reliable_tools_checkpoint_and_a_rerun_recovers(app: App) -> None:
+    crashed = app.run("Acme", "--crash")
+    assert crashed.wait() == -signal.SIGKILL
+    assert "this process now kills itself" in crashed.stdout
+    names = app.rows("SELECT function_name FROM {dbos}operation_outputs ORDER BY function_id")
+    assert names[-1] == ("fetch_company_overview",)
+    again = app.run("Acme")
+    assert again.wait() == 0
+    assert len(app.ledger("effect overview")) == 1
+
+
+def test_a_failed_run_says_what_failed_and_goes_on_from_the_failed_step(app: App) -> None:
+    failed = app.run("Acme", DEMO_FAILURE_RATE="1")
+    assert failed.wait() == 1
+    assert failed.stderr.startswith(
+        "error: the run failed: fetch_financial_metrics failed 10 times"
+    )
+    assert "Traceback" not in failed.stderr
+    assert len(failed.stderr.splitlines()) == 2
+    assert app.status() == "ERROR"
+    before = app.ledger("effect")
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert "failed at step 3" in again.stdout
+    assert [line.split()[1] for line in app.ledger("effect")[len(before) :]] == [
+        "financials",
+        "model",
+    ]
+
+
+def test_a_run_killed_between_its_failure_and_its_end_does_not_repeat_the_failure(app: App) -> None:
+    killed = app.run("???", KILL_AT="before commit outcome ERROR")
+    assert killed.wait() == -signal.SIGKILL
+    again = app.run("???")
+    assert again.wait() == 1
+    assert app.status() == "ERROR"
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ("CANCELLED", "cancelled, goes on"),
+        ("MAX_RECOVERY_ATTEMPTS_EXCEEDED", "max recovery attempts exceeded, goes on"),
+    ],
+)
+def test_a_run_that_was_given_up_goes_on_from_its_last_checkpoint(
+    app: App, status: str, told: str
+) -> None:
+    app.run("Acme", KILL_AT="before commit 3")
+    app.rows(f"UPDATE {{dbos}}workflow_status SET status = '{status}', queue_name = NULL")
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert told in again.stdout.replace("\n", " ")
+    assert len(app.ledger("effect overview")) == 1
+    assert app.status() == "SUCCESS"
+
+
+def test_a_second_process_waits_executes_nothing_and_prints_the_same_report(app: App) -> None:
+    first = app.start("Acme", WAIT_AT="after financials")
+    app.until("waiting after financials")
+    second = app.start("Acme").until_prints("Waiting for it.")
+    assert f":{first.pid}:" in second.stdout.replace("\n", " ")
+    app.open_gate()
+    assert first.wait() == 0
+    assert second.wait() == 0, second.stderr
+    assert report_of(first.stdout) == report_of(second.stdout)
+    assert len(app.ledger("effect")) == 4
+
+
+def test_a_waiting_process_takes_over_when_the_first_is_killed(app: App) -> None:
+    first = app.start("Acme", WAIT_AT="after financials")
+    app.until("waiting after financials")
+    second = app.start("Acme").until_prints("Waiting for it.")
+    first.signal(signal.SIGKILL)
+    assert second.wait() == 0, second.stderr
+    assert len(app.ledger("effect overview")) == 1
+    assert len(app.ledger("effect financials")) == 2
+
+
+def test_a_waiting_process_that_is_killed_does_not_disturb_the_first(app: App) -> None:
+    first = app.start("Acme", WAIT_AT="after financials")
+    app.until("waiting after financials")
+    second = app.start("Acme").until_prints("Waiting for it.")
+    second.signal(signal.SIGKILL)
+    second.wait()
+    app.open_gate()
+    assert first.wait() == 0
+    assert len(app.ledger("effect")) == 4
+
+
+def test_other_peoples_unfinished_runs_are_left_alone(app: App) -> None:
+    app.run("Theirs", KILL_AT="before commit 3")
+    live = app.start("Live", WAIT_AT="after financials")
+    app.until("waiting after financials")
+    theirs = "SELECT * FROM {dbos}workflow_status WHERE workflow_uuid LIKE 'research-theirs-%'"
+    before = app.rows(theirs)
+    assert app.run("Ours").wait() == 0
+    assert app.rows(theirs) == before
+    app.open_gate()
+    assert live.wait() == 0
+    assert app.rows(theirs) == before
+
+
+def test_a_resumed_run_is_executed_by_its_own_process_not_by_another_live_one(app: App) -> None:
+    """DBOS's internal queue would hand it to whichever process polls first."""
+    app.run("Ours", KILL_AT="before commit 3")
+    live = app.start("Live", WAIT_AT="after overview")
+    app.until("waiting after overview")
+    ours = app.run("Ours")
+    assert ours.wait() == 0, ours.stderr
+    assert "step 3: fetch_financial_metrics" in ours.stdout
+    assert "step 3" not in live.stdout
+
+
+def test_a_run_of_another_version_is_refused_at_once_with_both_versions(app: App) -> None:
+    app.run("Acme", KILL_AT="before commit 3", patches={"version": "old"})
+    refused = app.run("Acme")
+    assert refused.wait() == 2
+    assert "version old" in refused.stderr
+    assert "version 1" in refused.stderr
+    assert "--bucket" in refused.stderr
+    assert app.run("Acme", patches={"version": "old"}).wait() == 0
+    assert "finished before" in app.run("Acme").stdout
+
+
+def test_an_id_that_holds_another_request_is_refused(app: App) -> None:
+    assert app.run("Acme", "--run-id", "mine").wait() == 0
+    refused = app.run("Globex", "--run-id", "mine")
+    assert refused.wait() == 2
+    assert refused.stderr.startswith("error: run mine is stored for another request: Acme, offline")
+    assert app.run("  aCME ", "--run-id", "mine").wait() == 0
+
+
+def test_another_bucket_is_another_run_and_the_list_shows_both(app: App) -> None:
+    empty = app.run("--list")
+    assert empty.stdout == "No runs are stored in this database.\n"
+    assert app.run("Acme").wait() == 0
+    assert app.run("Acme", "--bucket", "2026-Q4", KILL_AT="before commit 3").wait() < 0
+    listed = app.run("--list").stdout.splitlines()
+    assert len(listed) == 4
+    assert "PENDING    2 steps  Acme" in listed[0]
+    assert "SUCCESS    4 steps  Acme" in listed[2]
+    assert all(len(line) <= 80 for line in listed)
+
+
+def test_two_processes_start_on_a_database_that_does_not_exist_yet(app: App) -> None:
+    both = [app.start("Acme"), app.start("Acme")]
+    assert [process.wait() for process in both] == [0, 0], [p.stderr for p in both]
+    assert len(app.ledger("effect")) == 4
+
+
+def test_no_queue_is_left_behind(app: App) -> None:
+    app.run("Acme", KILL_AT="before commit 3")
+    assert app.run("Acme").wait() == 0
+    assert app.rows("SELECT name FROM {dbos}queues") == []
+
+
+def test_an_sqlite_database_is_a_file_that_plain_sql_can_read(
+    sqlite_app: App, tmp_path: Path
+) -> None:
+    sqlite_app.run("Acme")
+    with sqlite3.connect(tmp_path / "research.sqlite") as connection:
+        [(count,)] = connection.execute("SELECT count(*) FROM operation_outputs")
+    connection.close()
+    assert count == 4
