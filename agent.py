@@ -61,6 +61,7 @@ from config import (
     derive_run_id,
     load_settings,
 )
+from tools import say, tell
 
 AGENT_NAME = "research_agent"
 INSTRUCTIONS = """\
@@ -97,7 +98,7 @@ class NarratedModel(WrapperModel):
     @asynccontextmanager
     async def request_stream(self, *args: Any, **kwargs: Any) -> AsyncGenerator[StreamedResponse]:
         """Ask the wrapped model."""
-        tools.say(f"asking the model {self.model_name}")
+        say(f"asking the model {self.model_name}")
         try:
             async with super().request_stream(*args, **kwargs) as response:
                 yield response
@@ -116,7 +117,7 @@ async def narrate_answer(_: RunContext[None], events: AsyncIterable[ai.AgentStre
     """
     async for event in events:
         if isinstance(event, ai.PartEndEvent) and isinstance(event.part, ai.ToolCallPart):
-            tools.say(f"the model calls {event.part.tool_name}")
+            say(f"the model calls {event.part.tool_name}")
 
 
 async def offline_script(
@@ -214,7 +215,6 @@ def launch(settings: Settings, *, verbose: bool = False) -> DBOSAgent[None, tool
             "application_version": APP_VERSION,
             "executor_id": executor_id,
             "system_database_url": settings.database_url.render_as_string(hide_password=False),
-            "db_engine_kwargs": {"connect_args": {"connect_timeout": 5}},
             "log_level": "INFO" if verbose else "CRITICAL",
         }
     )
@@ -274,12 +274,12 @@ async def research(
     """
     run_id = run_id or derive_run_id(request)
 
-    def tell(state: str) -> None:
+    def tell_state(state: str) -> None:
         where = f"Model: {request.model}. Database: {settings.database_label}."
-        print(wrap(f"Run {run_id}: {state}. {where}"))
+        tell(wrap(f"Run {run_id}: {state}. {where}"))
         if request.model == "offline":
-            print("(A script stands in for the model. For a real one, put an API key in .env.)")
-        print(flush=True)
+            tell("(A script stands in for the model. For a real one, put an API key in .env.)")
+        tell("")
 
     async with run_lock(settings, run_id):
         # No other process executes this run as long as we hold its lock. If it is unfinished, the
@@ -291,25 +291,25 @@ async def research(
         handle: WorkflowHandleAsync[AgentRunResult[tools.ResearchReport]]
         try:
             if stored is None:
-                tell("new")
+                tell_state("new")
                 with SetWorkflowID(run_id), SetWorkflowAttributes(request.attributes):
                     limits = UsageLimits(request_limit=12)  # a model that loops costs money
                     result = await agent.run(request.prompt, usage_limits=limits)
             else:
                 if stored.status == "SUCCESS":
-                    tell("finished before, its stored report is replayed")
+                    tell_state("finished before, its stored report is replayed")
                     handle = await DBOS.retrieve_workflow_async(run_id)
                 elif failure is not None:
                     # A failed run raises its recorded error for ever. Rewinding drops the failed
                     # step, and executes the same run from there. It takes only runs that ended.
                     step, error = failure
-                    tell(f"failed at step {step} ({describe(error)}), goes on from there")
+                    tell_state(f"failed at step {step} ({describe(error)}), goes on from there")
                     await DBOS.cancel_workflow_async(run_id)
                     handle = await DBOS.rewind_workflow_async(
                         run_id, start_step=step, queue_name=await own_queue()
                     )
                 else:
-                    tell(f"{interruption(stored)}, goes on after {len(steps)} finished steps")
+                    tell_state(f"{interruption(stored)}, goes on after {len(steps)} finished steps")
                     handle = await DBOS.resume_workflow_async(run_id, queue_name=await own_queue())
                 result = await handle.get_result(polling_interval_sec=0.1)
         except sqlalchemy.exc.SQLAlchemyError as error:
@@ -382,7 +382,7 @@ async def run_lock(settings: Settings, run_id: str) -> AsyncIterator[None]:
         if not waiting:
             stored = await DBOS.get_workflow_status_async(run_id)
             owner = stored.executor_id if stored is not None else "another process"
-            print(wrap(f"Run {run_id} is being executed by {owner}. Waiting for it."), flush=True)
+            tell(wrap(f"Run {run_id} is being executed by {owner}. Waiting for it."))
         waiting = True
         await asyncio.sleep(0.5)
     with lock:
@@ -399,7 +399,7 @@ def try_lock(settings: Settings, run_id: str) -> AbstractContextManager[Any] | N
         except Timeout:
             return None
     dsn = url.render_as_string(hide_password=False)
-    connection = psycopg.connect(dsn, autocommit=True, connect_timeout=5)
+    connection = psycopg.connect(dsn, autocommit=True)
     # A machine without power closes no connection. Have the server find out after half a minute;
     # left alone it waits for two hours.
     connection.execute("SET tcp_keepalives_idle = 15")
@@ -418,18 +418,18 @@ def try_lock(settings: Settings, run_id: str) -> AbstractContextManager[Any] | N
 
 def tell_run(run: ResearchRun) -> None:
     """Print the report, where each step's result came from, and what the checkpoints saved."""
-    print()
+    tell("")
     for name, value in run.report:
         text = "; ".join(value) if isinstance(value, list) else str(value)
-        print(textwrap.fill(f"{name:<24}{text}", 80, subsequent_indent=" " * 24))
-    print(f"\n{'step':<31}{'this time':<11}{'attempts':>8}{'seconds':>9}{'tokens':>8}{'US$':>10}")
+        tell(textwrap.fill(f"{name:<24}{text}", 80, subsequent_indent=" " * 24))
+    tell(f"\n{'step':<31}{'this time':<11}{'attempts':>8}{'seconds':>9}{'tokens':>8}{'US$':>10}")
     requests, tokens, seconds = 0, 0, 0.0
     for step in run.steps:
         number = step["function_id"]
         took = ((step["completed_at_epoch_ms"] or 0) - (step["started_at_epoch_ms"] or 0)) / 1000
         answer = step["output"] if isinstance(step["output"], ai.ModelResponse) else None
         name = "model request" if is_model_step(step) else step["function_name"]
-        print(
+        tell(
             f"{number:>2}  {name:<27}{'ran' if number in run.attempts else 'restored':<11}"
             f"{run.attempts.get(number, ''):>8}{took:>9.1f}"
             f"{answer.usage.total_tokens if answer else '':>8}{price(answer):>10}"
@@ -438,7 +438,7 @@ def tell_run(run: ResearchRun) -> None:
             requests += is_model_step(step)
             tokens += answer.usage.total_tokens if answer else 0
             seconds += took
-    print(f"Checkpoints saved {requests} model requests, {tokens} tokens, {seconds:.1f} seconds.")
+    tell(f"Checkpoints saved {requests} model requests, {tokens} tokens, {seconds:.1f} seconds.")
 
 
 def is_model_step(step: StepInfo) -> bool:
@@ -463,9 +463,9 @@ def tell_runs() -> None:
         steps = DBOS.list_workflow_steps(run.workflow_id, load_output=False)
         when = datetime.fromtimestamp((run.created_at or 0) / 1000).strftime("%Y-%m-%d %H:%M")
         company = (run.attributes or {}).get("company")
-        print(f"{when}  {run.status:<9}{len(steps):>3} steps  {company}\n    {run.workflow_id}")
+        tell(f"{when}  {run.status:<9}{len(steps):>3} steps  {company}\n    {run.workflow_id}")
     if not runs:
-        print("No runs are stored in this database.")
+        tell("No runs are stored in this database.")
 
 
 def tell_interruption(run_id: str) -> int:

@@ -198,7 +198,9 @@ def _database_url() -> URL:
     if not url.database or url.database.startswith(":"):  # in memory, nothing outlives a process
         raise unfit
     if kind in ("postgresql", "postgres"):
-        return url.set(drivername="postgresql")
+        # A server that does not answer is reported soon: DBOS knocks twice, for 10 s each time.
+        timeout = {"connect_timeout": "5"} | dict(url.query)
+        return url.set(drivername="postgresql", query=timeout)
     if kind != "sqlite":
         raise unfit
     # Relative to this file: relative to the current directory, a rerun from elsewhere would find

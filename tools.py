@@ -8,11 +8,11 @@ is `__main__` again. People run agent.py as a script, so the types live here.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,6 +69,14 @@ attempts: dict[str | None, dict[int | None, int]] = {}
 """By workflow ID and step ID: how often this process entered the step's body."""
 
 
+def tell(text: str) -> None:
+    """Print at once. If the reader is gone (`| head`), be silent instead of failing the run."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(message: str) -> None:
     """Print progress. Call it inside a step only: there its silence proves a restored step."""
     status = DBOS.step_status
@@ -77,8 +85,7 @@ def say(message: str) -> None:
         counts = attempts.setdefault(DBOS.workflow_id, {})
         counts[DBOS.step_id] = max(attempt, counts.get(DBOS.step_id, 0))
         message += f" (attempt {attempt} of {status.max_attempts})" if attempt > 1 else ""
-    with contextlib.suppress(OSError):  # a closed terminal must not fail the step
-        print(f"  step {DBOS.step_id}: {message}", flush=True)
+    tell(f"  step {DBOS.step_id}: {message}")
 
 
 def retry_on(*transient: type[Exception]) -> Callable[[BaseException], bool]:

@@ -19,6 +19,7 @@ from pydantic_ai import messages as ai
 from pydantic_ai.models.function import AgentInfo, DeltaToolCalls
 
 import agent
+import config
 import tools
 
 
@@ -70,7 +71,7 @@ def listen_to_model() -> None:
         async for delta in script(messages, info):
             yield delta
 
-    agent.offline_script = noted  # type: ignore[assignment]
+    agent.offline_script = noted
 
 
 def listen_to_checkpoints() -> None:
@@ -100,7 +101,7 @@ def hasten_retries() -> None:
     def invoke_soon(*args: Any, interval_seconds: float, **kwargs: Any) -> Any:
         return invoke(*args, interval_seconds=interval_seconds / 100, **kwargs)
 
-    dbos._core.invoke_step = invoke_soon  # type: ignore[assignment]
+    dbos._core.invoke_step = invoke_soon
 
 
 def main(
@@ -116,9 +117,9 @@ def main(
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
-    agent.load_settings.__globals__["PROJECT"] = Path(environment["HOME"])
+    config.PROJECT = Path(environment["HOME"])
     tools.SimulatedService = LedgerService  # type: ignore[misc]
-    agent.APP_VERSION = patches.pop("version", agent.APP_VERSION)
+    vars(agent)["APP_VERSION"] = patches.pop("version", config.APP_VERSION)
     agent.MODEL_STEP.update(patches)
     listen_to_model()
     listen_to_checkpoints()

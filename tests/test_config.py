@@ -1,0 +1,227 @@
+"""Settings, requests and run IDs."""
+
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import config
+from config import ResearchError, ResearchRequest, clean_text, derive_run_id, load_settings
+
+KEYS = {
+    "MODEL",
+    "OPENROUTER_API_KEY",
+    "OPENAI_API_KEY",
+    "ANTHROPIC_API_KEY",
+    "DBOS_SYSTEM_DATABASE_URL",
+    "NEON_DATABASE_URL",
+    "TENANT_ID",
+    "USER_ID",
+    "DEMO_FAILURE_RATE",
+    "DEMO_LATENCY",
+}
+REQUEST = ResearchRequest("local", "local", "Acme", "offline")
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable is set, and the project is an empty folder."""
+    environment = {key: value for key, value in os.environ.items() if key not in KEYS}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr("dotenv.main.os.environ", environment)
+    monkeypatch.setattr(config, "PROJECT", tmp_path)
+
+
+def test_without_any_setting_it_runs_offline_on_sqlite_beside_the_code(tmp_path: Path) -> None:
+    settings = load_settings()
+    assert settings.model == "offline"
+    assert settings.database_url.database == str(tmp_path / "research.sqlite")
+    assert (settings.tenant_id, settings.user_id) == ("local", "local")
+    assert (settings.failure_rate, settings.latency) == (0.7, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "model"),
+    [
+        (["ANTHROPIC_API_KEY"], "anthropic:claude-haiku-5-5"),
+        (["ANTHROPIC_API_KEY", "OPENAI_API_KEY"], "openai:gpt-6-luna"),
+        (["OPENAI_API_KEY", "OPENROUTER_API_KEY"], "openrouter:openai/gpt-5.4-mini"),
+    ],
+)
+def test_the_first_key_found_chooses_the_model(keys: list[str], model: str) -> None:
+    os.environ.update(dict.fromkeys(keys, "sk-any"))
+    assert load_settings().model == model
+    os.environ["MODEL"] = "offline"
+    assert load_settings().model == "offline"
+
+
+def test_an_empty_key_is_not_set_for_the_providers_client_either() -> None:
+    os.environ["OPENAI_API_KEY"] = " "
+    assert load_settings().model == "offline"
+    assert "OPENAI_API_KEY" not in os.environ
+
+
+def test_the_real_environment_wins_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TENANT_ID=file\nUSER_ID=file\n")
+    os.environ["USER_ID"] = "real"
+    settings = load_settings()
+    assert (settings.tenant_id, settings.user_id) == ("file", "real")
+
+
+def test_the_example_holds_exactly_the_keys_that_are_read() -> None:
+    example = (Path(config.__file__).parent / ".env.example").read_text()
+    assert set(re.findall(r"^(\w+)=", example, re.MULTILINE)) == KEYS
+    source = Path(config.__file__).read_text()
+    assert set(re.findall(r'"([A-Z_]+(?:KEY|URL|ID|RATE|LATENCY)|MODEL)"', source)) == KEYS
+
+
+def test_the_example_as_it_stands_changes_nothing(tmp_path: Path) -> None:
+    before = load_settings()
+    (tmp_path / ".env").write_text((Path(config.__file__).parent / ".env.example").read_text())
+    assert load_settings() == before
+
+
+def test_an_env_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ResearchError, match=r"\.env cannot be read"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("DEMO_FAILURE_RATE", "1.1", "DEMO_FAILURE_RATE=1.1 is no number from 0 to 1"),
+        ("DEMO_FAILURE_RATE", "often", "DEMO_FAILURE_RATE=often is no number"),
+        ("DEMO_FAILURE_RATE", "nan", "DEMO_FAILURE_RATE=nan is no number"),
+        ("DEMO_LATENCY", "-1", "DEMO_LATENCY=-1 is no number from 0 to 10"),
+        ("DEMO_LATENCY", "inf", "DEMO_LATENCY=inf is no number"),
+        ("TENANT_ID", "a\x00b", "TENANT_ID holds the control character U\\+0000"),
+        ("USER_ID", "x" * 101, "USER_ID has 101 characters: give it 1 to 100"),
+        ("OPENAI_API_KEY", "sk-“quoted”", "OPENAI_API_KEY holds a character that no key has"),
+        ("DBOS_SYSTEM_DATABASE_URL", "nonsense", "DBOS_SYSTEM_DATABASE_URL is no database URL"),
+        ("NEON_DATABASE_URL", "postgresql://u:secret@h:port/d", "NEON_DATABASE_URL is no database"),
+        ("NEON_DATABASE_URL", "postgresql://u:secret@host", "NEON_DATABASE_URL is no database URL"),
+        ("NEON_DATABASE_URL", "mysql://u:secret@host/d", "NEON_DATABASE_URL is no database URL"),
+        ("DBOS_SYSTEM_DATABASE_URL", "sqlite://", "is no database URL"),
+        ("DBOS_SYSTEM_DATABASE_URL", "sqlite:///:memory:", "is no database URL"),
+        ("DBOS_SYSTEM_DATABASE_URL", "sqlite:////nowhere/x.sqlite", "there is no folder /nowhere"),
+    ],
+)
+def test_an_unfit_value_is_named_and_no_secret_is_told(key: str, value: str, told: str) -> None:
+    os.environ[key] = value
+    with pytest.raises(ResearchError, match=told) as caught:
+        load_settings()
+    assert caught.value.exit_code == 2
+    assert "secret" not in str(caught.value)
+    assert "quoted" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+    assert not Path("/nowhere").exists()
+
+
+def test_a_relative_sqlite_path_does_not_follow_the_current_directory(tmp_path: Path) -> None:
+    os.environ["DBOS_SYSTEM_DATABASE_URL"] = "sqlite:///mine.sqlite"
+    assert load_settings().database_url.database == str(tmp_path / "mine.sqlite")
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg"])
+def test_every_usual_spelling_of_a_postgres_url_is_taken(scheme: str) -> None:
+    os.environ["NEON_DATABASE_URL"] = f"{scheme}://me:secret@host/db?sslmode=require"
+    settings = load_settings()
+    assert settings.database_url.drivername == "postgresql"
+    assert settings.database_url.query == {"connect_timeout": "5", "sslmode": "require"}
+    assert settings.database_label == "Postgres db on host"
+    assert "secret" not in repr(settings)
+    assert settings.pooled_host is None
+
+
+def test_neons_pooled_host_is_noticed() -> None:
+    os.environ["NEON_DATABASE_URL"] = "postgresql://me@ep-cool-pooler.eu.aws.neon.tech/db"
+    assert load_settings().pooled_host == "ep-cool-pooler.eu.aws.neon.tech"
+
+
+def test_a_run_id_is_readable_and_does_not_change_from_release_to_release() -> None:
+    assert derive_run_id(REQUEST) == "research-acme-c7d8b2ce812daa6d"
+
+
+@pytest.mark.parametrize("same", ["ACME", " acme ", "Acme\u00a0", "\tAcme"])
+def test_case_and_stray_spaces_do_not_matter(same: str) -> None:
+    assert derive_run_id(replace(REQUEST, company=same.strip())) == derive_run_id(REQUEST)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", ["Zürich Ångström", "Île Straße", "ｱｸﾐ", "ΆΣ", "Ǆ"])
+def test_the_unicode_form_does_not_matter(name: str, form: str) -> None:
+    same = unicodedata.normalize(form, name)  # type: ignore[arg-type]
+    request = replace(REQUEST, company=same)
+    assert derive_run_id(request) == derive_run_id(replace(REQUEST, company=name))
+    assert derive_run_id(request) == derive_run_id(replace(REQUEST, company=name.upper()))
+
+
+def test_every_part_of_the_request_counts_and_none_runs_into_the_next() -> None:
+    requests = [
+        REQUEST,
+        replace(REQUEST, tenant_id="other"),
+        replace(REQUEST, user_id="other"),
+        replace(REQUEST, company="Acme2"),
+        replace(REQUEST, company="Acme²"),
+        replace(REQUEST, model="other"),
+        replace(REQUEST, bucket="2026-Q4"),
+        replace(REQUEST, bucket="2026-q4"),
+        replace(REQUEST, tenant_id="loca", user_id="llocal"),
+        replace(REQUEST, tenant_id='local", "local'),
+        replace(REQUEST, model="off", bucket="line"),
+    ]
+    assert len({derive_run_id(request) for request in requests}) == len(requests)
+
+
+def test_a_name_without_latin_letters_has_an_id_too() -> None:
+    assert re.fullmatch(
+        r"research-[0-9a-f]{16}", derive_run_id(replace(REQUEST, company="株式会社"))
+    )
+    assert len(derive_run_id(replace(REQUEST, company="x" * 100))) <= 60
+
+
+def test_the_run_id_is_the_same_in_another_process_with_another_hash_seed() -> None:
+    code = (
+        "from config import ResearchRequest as R, derive_run_id\n"
+        "print(derive_run_id(R('local', 'local', 'Acme', 'offline')))"
+    )
+    folder = Path(config.__file__).parent
+    for seed in ("1", "2"):
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert found.stdout.strip() == derive_run_id(REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "has 0 characters"),
+        ("  ", "has 0 characters"),
+        ("x" * 101, "has 101 characters"),
+        ("a\nb", "U\\+000A"),
+        ("a\x1b[31m", "U\\+001B"),
+        ("a\u202eb", "U\\+202E"),
+        ("a\udc80", "U\\+DC80"),
+        ("a\u0378", "U\\+0378"),
+    ],
+)
+def test_unfit_text_is_refused(text: str, told: str) -> None:
+    with pytest.raises(ResearchError, match=told):
+        clean_text("the company's name", text)
+
+
+def test_fit_text_loses_its_stray_spaces_only() -> None:
+    assert clean_text("it", "  Nestlé   S.A. ") == "Nestlé S.A."
+    assert clean_text("it", "ab\u200cc") == "ab\u200cc"

@@ -1,0 +1,164 @@
+"""The real OpenAI client talks real HTTP to a provider that misbehaves."""
+
+from collections.abc import Iterator
+
+import pytest
+from conftest import App
+from provider import Provider
+
+import agent
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    """A well-behaved provider, until a test gives it a script."""
+    provider = Provider()
+    yield provider
+    provider.closing.set()
+    provider.shutdown()
+    provider.server_close()
+
+
+def test_a_run_makes_two_model_requests_and_a_replay_makes_none(
+    sqlite_app: App, provider: Provider
+) -> None:
+    run = sqlite_app.run("Acme", **provider.environment)
+    assert run.wait() == 0, run.stderr
+    assert "anvils" in run.stdout
+    assert "script stands in" not in run.stdout
+    assert len(provider.requests) == 2
+    assert sqlite_app.run("Acme", **provider.environment).wait() == 0
+    assert len(provider.requests) == 2
+
+
+def test_tokens_and_the_price_are_told(sqlite_app: App, provider: Provider) -> None:
+    run = sqlite_app.run("Acme", **provider.environment)
+    [first, *_] = [line for line in run.stdout.splitlines() if "model request" in line]
+    tokens, dollars = first.split()[-2:]
+    assert tokens == "1500"
+    assert float(dollars) > 0
+
+
+@pytest.mark.parametrize(
+    ("script", "requests"),
+    [
+        (["429", "429"], 4),
+        (["500"], 3),
+        (["503", "502", "500"], 5),
+        (["drop"], 3),
+        (["drop in stream"], 3),
+        (["answer", "429"], 3),
+        (["malformed arguments", "both tools"], 3),
+        (["answer", "unfit report", "unfit report"], 4),
+    ],
+)
+def test_a_passing_fault_costs_one_request_more(
+    sqlite_app: App, provider: Provider, script: list[str], requests: int
+) -> None:
+    provider.script = list(script)
+    run = sqlite_app.run("Acme", **provider.environment)
+    assert run.wait() == 0, run.stderr
+    assert len(provider.requests) == requests
+    assert len(sqlite_app.ledger("effect overview")) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("429", "ModelRateLimitError"),
+        ("500", "ModelServerError"),
+        ("drop", "ModelConnectionError"),
+        ("hang", "DBOSStepTimeoutError"),
+    ],
+)
+def test_a_lasting_fault_ends_after_four_requests_and_a_rerun_goes_on(
+    sqlite_app: App, provider: Provider, fault: str, told: str
+) -> None:
+    provider.script = ["answer", *[fault] * 4]
+    failed = sqlite_app.run("Acme", patches={"timeout_seconds": 0.5}, **provider.environment)
+    assert failed.wait() == 1
+    assert told in failed.stderr
+    assert len(failed.stderr.splitlines()) == 2
+    assert len(provider.requests) == 5
+    again = sqlite_app.run("Acme", **provider.environment)
+    assert again.wait() == 0, again.stderr
+    assert len(provider.requests) == 6
+    assert len(sqlite_app.ledger("effect")) == 2
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_a_refused_key_fails_at_once_names_the_key_to_set_and_is_told_nowhere(
+    sqlite_app: App, provider: Provider, status: str
+) -> None:
+    provider.script = [status]
+    failed = sqlite_app.run("Acme", **provider.environment)
+    assert failed.wait() == 1
+    assert "OPENAI_API_KEY" in failed.stderr
+    assert len(provider.requests) == 1
+    stored = sqlite_app.rows("SELECT * FROM operation_outputs") + sqlite_app.rows(
+        "SELECT * FROM workflow_output"
+    )
+    assert stored
+    assert "sk-secret-key" not in failed.stdout + failed.stderr + decoded(stored)
+    again = sqlite_app.run("Acme", **provider.environment)
+    assert again.wait() == 0, again.stderr
+    assert "failed at step 1" in again.stdout
+    assert len(provider.requests) == 3
+
+
+def decoded(rows: list[tuple[object, ...]]) -> str:
+    """Return the text inside what DBOS stored, which is base64."""
+    import base64
+
+    texts = [str(value) for row in rows for value in row if value is not None]
+    for text in list(texts):
+        try:
+            texts.append(base64.b64decode(text, validate=True).decode("latin-1"))
+        except ValueError:
+            continue
+    return "\n".join(texts)
+
+
+def test_a_bad_request_fails_at_once(sqlite_app: App, provider: Provider) -> None:
+    provider.script = ["400"]
+    failed = sqlite_app.run("Acme", **provider.environment)
+    assert failed.wait() == 1
+    assert len(provider.requests) == 1
+
+
+def test_garbage_fails_in_bounds_and_a_rerun_goes_on(sqlite_app: App, provider: Provider) -> None:
+    provider.script = ["garbage"] * 10
+    failed = sqlite_app.run("Acme", **provider.environment)
+    assert failed.wait() == 1
+    assert len(provider.requests) <= 4
+    provider.script = []
+    assert sqlite_app.run("Acme", **provider.environment).wait() == 0
+
+
+def test_an_answer_that_never_fits_ends_in_bounds_and_a_rerun_asks_only_once_more(
+    sqlite_app: App, provider: Provider
+) -> None:
+    provider.script = ["answer", *["unfit report"] * 10]
+    failed = sqlite_app.run("Acme", **provider.environment)
+    assert failed.wait() == 1
+    assert len(provider.requests) == 4
+    provider.script = []
+    again = sqlite_app.run("Acme", **provider.environment)
+    assert again.wait() == 0, again.stderr
+    assert len(provider.requests) == 5
+    assert len(sqlite_app.ledger("effect")) == 2
+
+
+def test_another_model_is_another_run(sqlite_app: App, provider: Provider) -> None:
+    assert sqlite_app.run("Acme").wait() == 0
+    assert ": new." in sqlite_app.run("Acme", **provider.environment).stdout
+    assert len(provider.requests) == 2
+
+
+@pytest.mark.parametrize("name", ["openai", "openai-chat", "openrouter", "anthropic"])
+def test_the_providers_own_client_does_not_retry(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("OPENAI_API_KEY", "OPENROUTER_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.setenv(key, "sk-any")
+    assert agent._provider_without_retries(name).client.max_retries == 0
