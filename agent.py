@@ -98,7 +98,7 @@ class NarratedModel(WrapperModel):
     @asynccontextmanager
     async def request_stream(self, *args: Any, **kwargs: Any) -> AsyncGenerator[StreamedResponse]:
         """Ask the wrapped model."""
-        say(f"asking the model {self.model_name}")
+        say(f"asks the model {self.model_name}")
         try:
             async with super().request_stream(*args, **kwargs) as response:
                 yield response
@@ -279,23 +279,22 @@ async def research(
         tell(wrap(f"Run {run_id}: {state}. {where}"))
         if request.model == "offline":
             tell("(A script stands in for the model. For a real one, put an API key in .env.)")
-        tell("")
 
-    async with run_lock(settings, run_id):
-        # No other process executes this run as long as we hold its lock. If it is unfinished, the
-        # process that executed it is dead.
-        stored = await DBOS.get_workflow_status_async(run_id)
-        refuse_if_unfit(stored, request)
-        steps = await DBOS.list_workflow_steps_async(run_id)
-        failure = find_failure(stored, steps)
-        handle: WorkflowHandleAsync[AgentRunResult[tools.ResearchReport]]
-        try:
+    try:
+        async with run_lock(settings, run_id):
+            # While we hold its lock, no other process executes this run. If it is unfinished, the
+            # process that executed it is dead.
+            stored = await DBOS.get_workflow_status_async(run_id)
+            steps = await DBOS.list_workflow_steps_async(run_id)
+            failure = find_failure(stored, steps)
             if stored is None:
                 tell_state("new")
                 with SetWorkflowID(run_id), SetWorkflowAttributes(request.attributes):
                     limits = UsageLimits(request_limit=12)  # a model that loops costs money
                     result = await agent.run(request.prompt, usage_limits=limits)
             else:
+                refuse_if_unfit(stored, request)
+                handle: WorkflowHandleAsync[AgentRunResult[tools.ResearchReport]]
                 if stored.status == "SUCCESS":
                     tell_state("finished before, its stored report is replayed")
                     handle = await DBOS.retrieve_workflow_async(run_id)
@@ -305,28 +304,31 @@ async def research(
                     step, error = failure
                     tell_state(f"failed at step {step} ({describe(error)}), goes on from there")
                     await DBOS.cancel_workflow_async(run_id)
+                    queue = await own_queue()
                     handle = await DBOS.rewind_workflow_async(
-                        run_id, start_step=step, queue_name=await own_queue()
+                        run_id, start_step=step, queue_name=queue
                     )
                 else:
                     tell_state(f"{interruption(stored)}, goes on after {len(steps)} finished steps")
                     handle = await DBOS.resume_workflow_async(run_id, queue_name=await own_queue())
                 result = await handle.get_result(polling_interval_sec=0.1)
-        except sqlalchemy.exc.SQLAlchemyError as error:
-            raise database_error(settings, error) from error
-        except Exception as error:
-            raise RunFailed(
-                f"the run failed: {describe(error)}\n"
-                "Finished steps are stored. Run the same command to go on from the failed one."
-            ) from error
-        steps = await DBOS.list_workflow_steps_async(run_id)
-        return ResearchRun(run_id, result.output, steps, tools.attempts.pop(run_id, {}))
+            steps = await DBOS.list_workflow_steps_async(run_id)
+            return ResearchRun(run_id, result.output, steps, tools.attempts.pop(run_id, {}))
+    except ResearchError:
+        raise
+    except (sqlalchemy.exc.SQLAlchemyError, psycopg.Error) as error:
+        raise database_error(settings, error) from error
+    except Exception as error:
+        raise RunFailed(
+            f"the run failed: {describe(error)}\n"
+            "Finished steps are stored. Run the same command to go on from the failed one."
+        ) from error
+    finally:
+        tools.attempts.pop(run_id, None)
 
 
-def refuse_if_unfit(stored: WorkflowStatus | None, request: ResearchRequest) -> None:
+def refuse_if_unfit(stored: WorkflowStatus, request: ResearchRequest) -> None:
     """Raise `ResearchError` where going on would give a wrong answer, or none for ever."""
-    if stored is None:
-        return
     asked = stored.attributes or {}
     if asked.get("request_id") != derive_run_id(request):
         # DBOS compares nothing but the ID: it would hand out the answer to the other question.
@@ -438,7 +440,7 @@ def tell_run(run: ResearchRun) -> None:
             requests += is_model_step(step)
             tokens += answer.usage.total_tokens if answer else 0
             seconds += took
-    tell(f"Checkpoints saved {requests} model requests, {tokens} tokens, {seconds:.1f} seconds.")
+    tell(f"Saved by checkpoints: model requests {requests}, tokens {tokens}, seconds {seconds:.1f}")
 
 
 def is_model_step(step: StepInfo) -> bool:
@@ -468,16 +470,13 @@ def tell_runs() -> None:
         tell("No runs are stored in this database.")
 
 
-def tell_interruption(run_id: str) -> int:
-    """Say what Ctrl-C left behind; return the exit code."""
-    # A second Ctrl-C ends the process at once: the database may be what hangs.
+def tell_interruption(run_id: str | None) -> None:
+    """Say what Ctrl-C left behind."""
+    # Asked again, end at once: the database may be what hangs.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    saved = len(DBOS.list_workflow_steps(run_id, load_output=False))
-    print(
-        f"\nInterrupted: {saved} finished steps are stored. Run the same command to go on.",
-        file=sys.stderr,
-    )
-    return 130
+    steps = DBOS.list_workflow_steps(run_id, load_output=False) if run_id else []
+    saved = f"{len(steps)} finished steps are stored"
+    print(f"\nInterrupted: {saved}. Run the same command to go on.", file=sys.stderr)
 
 
 def describe(error: object) -> str:
@@ -522,13 +521,12 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="list the stored runs")
     parser.add_argument("--verbose", action="store_true", help="show DBOS's log and tracebacks")
     options = parser.parse_args()
-    run_id = ""
+    run_id = None
     try:
         settings = load_settings()
         request = settings.request(options.company, options.bucket)
-        run_id = derive_run_id(request)
         if options.run_id is not None:
-            run_id = clean_text("the run ID", options.run_id)
+            options.run_id = clean_text("the run ID", options.run_id)
         if settings.pooled_host:
             direct = settings.pooled_host.replace("-pooler", "")
             print(f"warning: DBOS needs Neon's direct host, {direct}", file=sys.stderr)
@@ -539,17 +537,19 @@ def main() -> int:
         if options.list:
             tell_runs()
             return 0
-        try:
-            tell_run(asyncio.run(research(agent, settings, request, run_id)))
-        finally:
-            DBOS.delete_queue(DBOS.executor_id)  # stored in the database if there was a resumption
+        run_id = options.run_id or derive_run_id(request)
+        run = asyncio.run(research(agent, settings, request, run_id))
+        tell_run(run)
+        # There is one if the run was resumed. A process that is killed leaves it: a row, no more.
+        DBOS.delete_queue(DBOS.executor_id)
     except ResearchError as error:
         if options.verbose:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return tell_interruption(run_id)
+        tell_interruption(run_id)
+        return 130
     return 0
 
 

@@ -95,10 +95,13 @@ def listen_to_checkpoints() -> None:
 
 
 def hasten_retries() -> None:
-    """Let DBOS wait a hundredth of the time between attempts."""
+    """Note how long DBOS may wait between attempts, and let it wait a hundredth of that."""
     invoke = dbos._core.invoke_step
 
     def invoke_soon(*args: Any, interval_seconds: float, **kwargs: Any) -> Any:
+        waits = range(kwargs["max_attempts"] - 1 if kwargs["retries_allowed"] else 0)
+        seconds = sum(interval_seconds * kwargs["backoff_rate"] ** wait for wait in waits)
+        note(f"waits {kwargs['step_name']} {seconds}")
         return invoke(*args, interval_seconds=interval_seconds / 100, **kwargs)
 
     dbos._core.invoke_step = invoke_soon
