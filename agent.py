@@ -431,11 +431,10 @@ def tell_run(run: ResearchRun) -> None:
         took = ((step["completed_at_epoch_ms"] or 0) - (step["started_at_epoch_ms"] or 0)) / 1000
         answer = step["output"] if isinstance(step["output"], ai.ModelResponse) else None
         name = "model request" if is_model_step(step) else step["function_name"]
-        tell(
-            f"{number:>2}  {name:<27}{'ran' if number in run.attempts else 'restored':<11}"
-            f"{run.attempts.get(number, ''):>8}{took:>9.1f}"
-            f"{answer.usage.total_tokens if answer else '':>8}{price(answer):>10}"
-        )
+        line = f"{number:>2}  {name:<27}{'ran' if number in run.attempts else 'restored':<11}"
+        line += f"{run.attempts.get(number, ''):>8}{took:>9.1f}"
+        line += f"{answer.usage.total_tokens if answer else '':>8}{price(answer):>10}"
+        tell(line.rstrip())
         if number not in run.attempts:
             requests += is_model_step(step)
             tokens += answer.usage.total_tokens if answer else 0
