@@ -6,15 +6,20 @@ service, the offline script and DBOS's writing of checkpoints are listened to, a
 """
 
 import asyncio
+import itertools
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import dbos._core
-import dbos._sys_db
+import sqlalchemy
+from dbos import DBOS
+from dbos._sys_db import SystemDatabase
 from pydantic_ai import messages as ai
 from pydantic_ai.models.function import AgentInfo, DeltaToolCalls
 
@@ -29,33 +34,51 @@ def note(line: str) -> None:
         ledger.write(f"{os.getpid()} {line}\n".encode())
 
 
-async def kill_or_wait(point: str) -> None:
+def reach(point: str) -> None:
     """Die here, or wait here until the test opens the gate, if the test says so."""
+    while at_gate(point):
+        time.sleep(0.01)
+
+
+async def reach_async(point: str) -> None:
+    """Like `reach`, in an event loop."""
+    while at_gate(point):
+        await asyncio.sleep(0.01)  # another process opens the gate
+
+
+def at_gate(point: str) -> bool:
+    """Die, or tell whether to wait."""
     if point == os.environ.get("KILL_AT"):
         note(f"killed {point}")
         os.kill(os.getpid(), signal.SIGKILL)
-    if point == os.environ.get("WAIT_AT"):
+    if point != os.environ.get("WAIT_AT"):
+        return False
+    if point not in waited:
+        waited.add(point)
         note(f"waiting {point}")
-        gate = os.environ["LEDGER"] + ".gate"
-        while not os.access(gate, os.F_OK):  # noqa: ASYNC110 - another process opens it
-            await asyncio.sleep(0.01)
+    return not os.access(os.environ["LEDGER"] + ".gate", os.F_OK)
+
+
+waited: set[str] = set()
 
 
 class LedgerService(tools.SimulatedService):
     """The simulated service, with each call's effect noted outside the process."""
 
     async def overview(self, company_name: str, idempotency_key: str) -> dict[str, Any]:
-        await kill_or_wait("before overview")
+        await reach_async("inside 2")
         payload = await super().overview(company_name, idempotency_key)
         note(f"effect overview {idempotency_key}")
-        await kill_or_wait("after overview")
+        await reach_async("after effect 2")
         return payload
 
     async def financials(self, company_name: str, idempotency_key: str) -> dict[str, Any]:
-        await kill_or_wait("before financials")
+        await reach_async("inside 3")
+        if "OUTAGE" in os.environ:
+            raise PermissionError("the service is closed today")
         payload = await super().financials(company_name, idempotency_key)
         note(f"effect financials {idempotency_key}")
-        await kill_or_wait("after financials")
+        await reach_async("after effect 3")
         return payload
 
 
@@ -66,32 +89,53 @@ def listen_to_model() -> None:
     async def noted(
         messages: list[ai.ModelMessage], info: AgentInfo
     ) -> AsyncIterator[DeltaToolCalls]:
-        note("effect model")
-        await kill_or_wait(f"model {len(messages)}")
+        await reach_async(f"inside {DBOS.step_id}")
+        note(f"effect model {DBOS.workflow_id}:{DBOS.step_id}")
+        await reach_async(f"after effect {DBOS.step_id}")
         async for delta in script(messages, info):
             yield delta
 
     agent.offline_script = noted
 
 
-def listen_to_checkpoints() -> None:
-    """Note each committed step, and die right before or right after a commit if told so."""
+def listen_to_database() -> None:
+    """Note each commit, and come past a point before and after every write that matters."""
 
-    def hook(name: str, what: Callable[[Any], str]) -> None:
-        write = getattr(dbos._sys_db.SystemDatabase, name)
+    def hook(name: str, what: Callable[[tuple[Any, ...]], str]) -> None:
+        write = getattr(SystemDatabase, name)
 
         def listened(self: Any, *args: Any, **kwargs: Any) -> Any:
             point = what(args)
-            asyncio.run(kill_or_wait(f"before commit {point}"))
+            reach(f"before {point}")
             result = write(self, *args, **kwargs)
-            note(f"committed {point}")
-            asyncio.run(kill_or_wait(f"after commit {point}"))
+            if name != "start_queued_workflows" or result[0]:
+                note(f"done {point}")
+                reach(f"after {point}")
             return result
 
-        setattr(dbos._sys_db.SystemDatabase, name, listened)
+        setattr(SystemDatabase, name, listened)
 
-    hook("record_operation_result", lambda args: str(args[0]["function_id"]))
+    hook("init_workflow", lambda _: "start")
+    hook("check_operation_execution", lambda args: f"body {args[1]}")
+    hook("record_operation_result", lambda args: f"commit {args[0]['function_id']}")
     hook("update_workflow_outcome", lambda args: f"outcome {args[1]}")
+    hook("resume_workflows", lambda _: "resume")
+    hook("cancel_workflows", lambda _: "cancel")
+    hook("rewind_workflow", lambda _: "rewind")
+    hook("start_queued_workflows", lambda _: "dequeue")
+
+
+def listen_to_statements() -> None:
+    """Die at the nth SQL statement of this process, if the test says so."""
+    fatal = int(os.environ.get("KILL_AT_STATEMENT", "0"))
+    numbers = itertools.count(1)
+
+    def before(*_: Any) -> None:
+        if next(numbers) == fatal:
+            note(f"killed at statement {fatal}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", before)
 
 
 def hasten_retries() -> None:
@@ -123,9 +167,14 @@ def main(
     config.PROJECT = Path(environment["HOME"])
     tools.SimulatedService = LedgerService  # type: ignore[misc]
     vars(agent)["APP_VERSION"] = patches.pop("version", config.APP_VERSION)
+    if limit := patches.pop("file_size", None):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if patches.pop("unprivileged", None) and os.getuid() == 0:
+        os.setuid(65534)  # root may write everything
     agent.MODEL_STEP.update(patches)
     listen_to_model()
-    listen_to_checkpoints()
+    listen_to_database()
+    listen_to_statements()
     hasten_retries()
     sys.argv = ["agent.py", *arguments]
     sys.exit(agent.main())

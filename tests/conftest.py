@@ -1,8 +1,11 @@
 """What the tests share: databases of both kinds, and processes of the app that can be killed."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -104,11 +107,12 @@ class App:
         process.code = process.wait()  # type: ignore[attr-defined]
         return process
 
-    def ledger(self, word: str = "") -> list[str]:
-        """Return the ledger's lines that hold the word, without the process IDs."""
+    def ledger(self, start: str = "") -> list[str]:
+        """Return the ledger's lines that start so, without the process IDs."""
         path = self.folder / "ledger"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [line.split(" ", 1)[1] for line in lines if word in line]
+        lines = [line.split(" ", 1)[1] for line in lines]
+        return [line for line in lines if line.startswith(start)]
 
     def until(self, line: str, times: int = 1) -> None:
         """Wait until the ledger holds the line."""
@@ -141,6 +145,35 @@ class App:
             if process.process.is_alive():
                 process.signal(signal.SIGKILL)
                 process.process.join()
+
+
+def pytest_configure() -> None:
+    """Give the crash matrix a place to count in, which the workers of pytest-xdist inherit."""
+    os.environ.setdefault("CRASH_TALLY", tempfile.mkdtemp(prefix="crash-tally-"))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print what the crash matrix measured."""
+    if hasattr(config, "workerinput"):
+        return
+    folder = Path(os.environ["CRASH_TALLY"])
+    tallies = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
+    shutil.rmtree(folder)
+    if tallies:
+        terminalreporter.write_line(summary_of(tallies))
+
+
+def summary_of(tallies: list[dict[str, Any]]) -> str:
+    """Say in one line what the crash matrix measured."""
+    points = {tally["point"] for tally in tallies}
+    kills, finished, repeated = (
+        sum(tally[what] for tally in tallies) for what in ("kills", "finished", "repeated")
+    )
+    databases = " and ".join(sorted({tally["database"] for tally in tallies}))
+    return (
+        f"crash matrix: {len(points)} kill points, {kills} kills, {finished} of {len(tallies)} runs"
+        f" finished, {repeated} committed steps repeated, on {databases}"
+    )
 
 
 @pytest.fixture(scope="session")
