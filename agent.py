@@ -293,7 +293,7 @@ async def research(
                     limits = UsageLimits(request_limit=12)  # a model that loops costs money
                     result = await agent.run(request.prompt, usage_limits=limits)
             else:
-                refuse_if_unfit(stored, request)
+                refuse_if_unfit(stored, steps, request)
                 handle: WorkflowHandleAsync[AgentRunResult[tools.ResearchReport]]
                 if stored.status == "SUCCESS":
                     tell_state("finished before, its stored report is replayed")
@@ -327,7 +327,9 @@ async def research(
         tools.attempts.pop(run_id, None)
 
 
-def refuse_if_unfit(stored: WorkflowStatus, request: ResearchRequest) -> None:
+def refuse_if_unfit(
+    stored: WorkflowStatus, steps: list[StepInfo], request: ResearchRequest
+) -> None:
     """Raise `ResearchError` where going on would give a wrong answer, or none for ever."""
     asked = stored.attributes or {}
     if asked.get("request_id") != derive_run_id(request):
@@ -344,6 +346,14 @@ def refuse_if_unfit(stored: WorkflowStatus, request: ResearchRequest) -> None:
             f" is version {APP_VERSION}.\n"
             "Finish it with that version, or start a new run with another --bucket."
         )
+    if any(
+        isinstance(value, str) for value in [stored.output, *(step["output"] for step in steps)]
+    ):
+        # DBOS lists what it cannot unpickle as text, which no step of ours returns.
+        raise ResearchError(
+            f"a checkpoint of run {stored.workflow_id} cannot be read: its types have changed.\n"
+            "Go back to the code that stored it, or start a new run with another --bucket."
+        )
 
 
 def find_failure(
@@ -356,9 +366,12 @@ def find_failure(
             return step["function_id"], step["error"]
     if stored is None or stored.status != "ERROR":
         return None
-    # No step failed: the run gave up over what the model last said. Ask it again.
-    asked = (step["function_id"] for step in steps if is_model_step(step))
-    return max(asked, default=1), stored.error
+    # No step failed. Either the run gave up over what the model said: then ask it again. Or it
+    # failed between steps, say by a full disk: then all of them are kept.
+    model_gave_up = isinstance(stored.error, ai_error.AgentRunError)
+    asked = [0, *(step["function_id"] for step in steps if is_model_step(step))]
+    last = asked[-1] if model_gave_up else len(steps) + 1
+    return max(last, 1), stored.error
 
 
 def interruption(stored: WorkflowStatus) -> str:

@@ -107,6 +107,7 @@ def listen_to_database() -> None:
         def listened(self: Any, *args: Any, **kwargs: Any) -> Any:
             point = what(args)
             reach(f"before {point}")
+            note(f"try {point}")
             result = write(self, *args, **kwargs)
             if name != "start_queued_workflows" or result[0]:
                 note(f"done {point}")

