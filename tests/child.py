@@ -11,12 +11,14 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import dbos._core
+import dbos._dbos
 import sqlalchemy
 from dbos import DBOS
 from dbos._sys_db import SystemDatabase
@@ -139,6 +141,20 @@ def listen_to_statements() -> None:
     sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", before)
 
 
+class Impatient:
+    """An event on which nobody waits for longer than a moment."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.is_set = event.is_set
+        self.wait = lambda timeout: event.wait(min(timeout, 0.05))
+
+
+def hasten_queues() -> None:
+    """Let DBOS look for queues and for runs on them more often than once a second."""
+    serve = vars(dbos._dbos)["queue_thread"]
+    vars(dbos._dbos)["queue_thread"] = lambda event, engine: serve(Impatient(event), engine)
+
+
 def hasten_retries() -> None:
     """Note how long DBOS may wait between attempts, and let it wait a hundredth of that."""
     invoke = dbos._core.invoke_step
@@ -176,6 +192,7 @@ def main(
     listen_to_model()
     listen_to_database()
     listen_to_statements()
+    hasten_queues()
     hasten_retries()
     sys.argv = ["agent.py", *arguments]
     sys.exit(agent.main())

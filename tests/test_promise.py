@@ -223,7 +223,14 @@ def test_another_bucket_is_another_run_and_the_list_shows_both(app: App) -> None
     assert all(len(line) <= 80 for line in listed)
 
 
-def test_two_processes_start_on_a_database_that_does_not_exist_yet(app: App) -> None:
+def test_a_run_starts_on_a_database_that_does_not_exist_yet(app_without_database: App) -> None:
+    assert app_without_database.run("Acme").wait() == 0
+
+
+def test_two_processes_start_on_a_database_that_does_not_exist_yet(
+    app_without_database: App,
+) -> None:
+    app = app_without_database
     both = [app.start("Acme"), app.start("Acme")]
     assert [process.wait() for process in both] == [0, 0], [p.stderr for p in both]
     assert len(app.ledger("effect")) == 4
