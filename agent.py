@@ -63,6 +63,7 @@ from config import (
 )
 from tools import say, tell
 
+APP_NAME = "durable-research-agent"
 AGENT_NAME = "research_agent"
 INSTRUCTIONS = """\
 You research companies. Call fetch_company_overview first and fetch_financial_metrics second.
@@ -81,6 +82,9 @@ MODEL_STEP: dict[str, Any] = {
         dbos_error.DBOSStepTimeoutError,
     ),
 }
+
+
+DurableAgent = DBOSAgent[None, tools.ResearchReport]
 
 
 class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
@@ -169,7 +173,7 @@ def _provider_without_retries(name: str) -> Provider[Any]:
     return provider
 
 
-def build_agent(model: Model) -> DBOSAgent[None, tools.ResearchReport]:
+def build_agent(model: Model) -> DurableAgent:
     """Make the agent durable: its runs become workflows, and each model request a step."""
     agent = Agent(
         NarratedModel(model),
@@ -193,7 +197,7 @@ def build_agent(model: Model) -> DBOSAgent[None, tools.ResearchReport]:
         )
 
 
-def launch(settings: Settings, *, verbose: bool = False) -> DBOSAgent[None, tools.ResearchReport]:
+def launch(settings: Settings, *, verbose: bool = False) -> DurableAgent:
     """Start DBOS and return the durable agent. Call it once in a process.
 
     Args:
@@ -211,7 +215,7 @@ def launch(settings: Settings, *, verbose: bool = False) -> DBOSAgent[None, tool
     executor_id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     DBOS(
         config={
-            "name": "durable-research-agent",
+            "name": APP_NAME,
             "application_version": APP_VERSION,
             "executor_id": executor_id,
             "system_database_url": settings.database_url.render_as_string(hide_password=False),
@@ -252,7 +256,7 @@ class ResearchRun:
 
 
 async def research(
-    agent: DBOSAgent[None, tools.ResearchReport],
+    agent: DurableAgent,
     settings: Settings,
     request: ResearchRequest,
     run_id: str | None = None,
@@ -471,7 +475,7 @@ def price(answer: ai.ModelResponse | None) -> str:
 def tell_runs() -> None:
     """Print the 50 newest runs."""
     runs = DBOS.list_workflows(
-        name=f"{AGENT_NAME}.run", sort_desc=True, limit=50, load_input=False, load_output=False
+        application_name=APP_NAME, sort_desc=True, limit=50, load_input=False, load_output=False
     )
     for run in runs:
         steps = DBOS.list_workflow_steps(run.workflow_id, load_output=False)
