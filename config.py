@@ -9,18 +9,20 @@ import os
 import re
 import unicodedata
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 
 from dotenv import load_dotenv
+from dotenv.parser import parse_stream
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 PROJECT = Path(__file__).resolve().parent
 
-# DBOS goes on with a run only under the version that started it. The version it would compute is a
-# hash of the workflow's source, here pydantic-ai's own, and of dbos's release: an upgrade of either
-# would strand every unfinished run, which would then wait, silently, for ever. Change it whenever a
-# run in flight could not go on under the new code: other steps, another order, other stored types.
+# DBOS resumes a run only under the application version that started it. By default that is a hash
+# of the workflow's source, here pydantic-ai's own, and of the dbos release, so an upgrade of either
+# would strand every unfinished run: it would wait silently for ever. Raise APP_VERSION when runs in
+# flight could not continue under the new code: other steps, another order, other stored types.
 APP_VERSION = "1"
 
 MODEL_BY_KEY = {
@@ -32,7 +34,7 @@ MODEL_BY_KEY = {
 
 
 class ResearchError(Exception):
-    """What a person can mend: the text says what is wrong and what to do, in one or two lines."""
+    """A problem that a person can fix. The text says what is wrong and what to do."""
 
     exit_code = 2
 
@@ -62,8 +64,8 @@ class ResearchRequest:
 def derive_run_id(request: ResearchRequest) -> str:
     """Derive the DBOS workflow ID: the same request gets the same ID, and so the same run.
 
-    Copy this for requests of your own, and put in all that makes two of them different. Leave out
-    the time of day or the date, or a run that is killed before midnight starts over after it.
+    Copy this for your own requests, and put in everything that makes two of them different. Leave
+    the date out, or a run that is killed before midnight starts over after it.
 
     Returns:
         A prefix for people and 16 hexadecimal digits of SHA-256, such as
@@ -96,11 +98,11 @@ def clean_text(what: str, text: str, *, limit: int = 100) -> str:
     if not 0 < len(text) <= limit:
         raise ResearchError(f"{what} has {len(text)} characters: give it 1 to {limit}.")
     for character in text:
-        # Category C is control, invisible, half (surrogate) and unassigned: the last because a
-        # later Python may fold them, and derive another ID. Some languages spell with joiners.
+        # Category C: control, invisible, surrogate and unassigned. Unassigned ones are refused
+        # because a later Python may fold them to another ID. Some languages need joiners.
         if unicodedata.category(character)[0] == "C" and character not in "\u200c\u200d":
             code = f"U+{ord(character):04X}"
-            raise ResearchError(f"{what} holds the control character {code}: leave it out.")
+            raise ResearchError(f"{what} contains the control character {code}: remove it.")
     return " ".join(text.split())
 
 
@@ -135,7 +137,7 @@ class Settings:
     def pooled_host(self) -> str | None:
         """The host, if it is Neon's pooled one, which gives no session to hold a lock in."""
         host = self.database_url.host or ""
-        return host if "-pooler" in host else None
+        return host if "-pooler." in host and host.endswith(".neon.tech") else None
 
 
 def load_settings() -> Settings:
@@ -144,15 +146,19 @@ def load_settings() -> Settings:
     Raises:
         ResearchError: A value cannot be used; the text names its key.
     """
+    path = PROJECT / ".env"
     try:
-        load_dotenv(PROJECT / ".env")
-    except (OSError, UnicodeDecodeError) as error:
+        for line in parse_stream(StringIO(path.read_text("utf-8") if path.exists() else "")):
+            if line.error:  # load_dotenv() would pass over it
+                raise ResearchError(f".env, line {line.original.line}: write it as KEY=value.")
+        load_dotenv(path)
+    except (OSError, ValueError) as error:
         raise ResearchError(f".env cannot be read: {error}") from None
     for key in MODEL_BY_KEY:
         if not _read(key):  # an empty line means "not set", to the provider's client as well
             os.environ.pop(key, None)
         elif not (_read(key).isascii() and _read(key).isprintable()):
-            raise ResearchError(f"{key} holds a character that no key has: copy the key again.")
+            raise ResearchError(f"{key} contains a character that no key has: copy the key again.")
     by_key = (model for key, model in MODEL_BY_KEY.items() if _read(key))
     return Settings(
         model=clean_text("MODEL", _read("MODEL") or next(by_key, "offline")),
@@ -175,9 +181,7 @@ def _number(key: str, default: str, *, highest: int) -> float:
             return float(text)
     except ValueError:
         pass
-    raise ResearchError(
-        f"{key}={text} is no number from 0 to {highest}: change it or leave it out."
-    )
+    raise ResearchError(f"{key} is {text[:40]!r}: give a number from 0 to {highest}.")
 
 
 def _database_url() -> URL:
@@ -187,7 +191,7 @@ def _database_url() -> URL:
         return URL.create("sqlite", database=str(PROJECT / "research.sqlite"))
     # No message quotes the URL: it may hold a password.
     unfit = ResearchError(
-        f"{key} is no database URL that can be used. Write it as\n"
+        f"{key} is not a usable database URL. Percent-encode special characters in it:\n"
         "postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:////absolute/path.sqlite"
     )
     try:
@@ -198,14 +202,18 @@ def _database_url() -> URL:
     if not url.database or url.database.startswith(":"):  # in memory, nothing outlives a process
         raise unfit
     if kind in ("postgresql", "postgres"):
-        # A server that does not answer is reported soon: DBOS knocks twice, for 10 s each time.
-        timeout = {"connect_timeout": "5"} | dict(url.query)
-        return url.set(drivername="postgresql", query=timeout)
-    if kind != "sqlite":
+        # An "@" in the host is the end of a password whose "@" should be "%40". A password among
+        # the options would be logged.
+        if "@" in (url.host or "") or {"password", "sslpassword"} & url.query.keys():
+            raise unfit
+        # A server that does not answer is given up soon. DBOS tries twice, and every address.
+        options = {"connect_timeout": "3"} | dict(url.query)
+        return url.set(drivername="postgresql+psycopg", query=options)
+    if kind != "sqlite" or url.query:
         raise unfit
     # Relative to this file: relative to the current directory, a rerun from elsewhere would find
-    # an empty database, and start over.
-    path = PROJECT / url.database
+    # an empty database, and start over. Without links, because the lock goes by the path.
+    path = (PROJECT / url.database).resolve()
     if not path.parent.is_dir():
         raise ResearchError(f"{key}: there is no folder {path.parent}. Create it or correct it.")
     return url.set(drivername="sqlite", database=str(path))

@@ -1,10 +1,11 @@
 """The agent's two tools, each a DBOS step, and every type that is stored in a checkpoint.
 
-A step's result is stored when its function returns, and a run that is resumed gets it from there
-without entering the function. So what the body prints is printed by work, never by a replay.
+A step's result is stored when its function returns. A resumed run takes the stored result and
+does not enter the function again, so what a function's body prints was printed by real work.
 
-Checkpoints are pickles, and a class pickled as `__main__.Report` loads only where the same script
-is `__main__` again. People run agent.py as a script, so the types live here.
+Checkpoints are pickles. A class defined in agent.py would be pickled as `__main__.Report` when
+that file is run as a script, and could not be loaded by any other program. So the types live here.
+The same goes for exceptions: a step must raise only those that can be pickled and unpickled.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ Notice = Literal["Invented for this tutorial: not facts about a real company."]
 
 
 class Invented(BaseModel):
-    """Data from the simulated service. Nobody must take them for facts, so each says so."""
+    """Data from the simulated service. They are not facts, and each record says so."""
 
     company_name: str
     data_notice: Notice = "Invented for this tutorial: not facts about a real company."
@@ -62,41 +63,41 @@ class RateLimitError(Exception):
 
 
 class MalformedPayloadError(Exception):
-    """The service answered something other than what it promises."""
+    """The service answered with something other than it promises."""
 
 
 attempts: dict[str | None, dict[int | None, int]] = {}
-"""By workflow ID and step ID: how often this process entered the step's body."""
+"""Workflow ID to step ID to attempts: how often this process entered the step's body."""
 
 
-def tell(text: str) -> None:
-    """Print at once. If the reader is gone (`| head`), be silent instead of failing the run."""
+def print_line(text: str) -> None:
+    """Print at once. If the reader has gone (`| head`), go silent instead of failing the run."""
     try:
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say(message: str) -> None:
-    """Print progress. Call it inside a step only: there its silence proves a restored step."""
+def print_in_step(message: str) -> None:
+    """Print progress from inside a step. A restored step prints nothing: that is the proof."""
     status = DBOS.step_status
     if status is not None:
         attempt = (status.current_attempt or 0) + 1
         counts = attempts.setdefault(DBOS.workflow_id, {})
         counts[DBOS.step_id] = max(attempt, counts.get(DBOS.step_id, 0))
         message += f" (attempt {attempt} of {status.max_attempts})" if attempt > 1 else ""
-    tell(f"  step {DBOS.step_id}: {message}")
+    print_line(f"  step {DBOS.step_id}: {message}")
 
 
 def retry_on(*transient: type[Exception]) -> Callable[[BaseException], bool]:
-    """Make the `should_retry` of a step: tells of each failure, and retries only the transient.
+    """Return a `should_retry` predicate that prints each failure and retries transient ones.
 
-    A step with `retries_allowed=True` and no `should_retry` retries every exception: a refused
-    key, and a `ModelRetry`, which then fails the run instead of reaching the model.
+    Without a predicate, `retries_allowed=True` retries every exception: a refused key, and even a
+    `ModelRetry`, which then fails the run instead of reaching the model.
     """
 
     def should_retry(error: BaseException) -> bool:
-        say(f"failed with {type(error).__name__}: {error}"[:150])
+        print_in_step(f"failed with {type(error).__name__}: {error}"[:150])
         return isinstance(error, transient)
 
     return should_retry
@@ -104,10 +105,10 @@ def retry_on(*transient: type[Exception]) -> Callable[[BaseException], bool]:
 
 @dataclass
 class SimulatedService:
-    """A company-data service that is not there: your API client goes in its place.
+    """A simulated company-data service. Replace it with your API client.
 
-    Its fields are settings of this process, read when a step runs. As `deps` of the agent they
-    would be stored with the run, and `crash` would kill every recovery too.
+    Its fields are this process's settings, read when a step runs. In the agent's `deps` they would
+    be stored with the run, and `crash` would kill every recovery as well.
     """
 
     failure_rate: float = 0.0
@@ -126,9 +127,10 @@ class SimulatedService:
 
     async def financials(self, company_name: str, idempotency_key: str) -> dict[str, Any]:
         """Answer with the fields of `FinancialMetrics`, or fail as real services do."""
-        if self.crash:
+        stored = await DBOS.list_workflow_steps_async(DBOS.workflow_id or "") if self.crash else []
+        if any(step["function_name"] == "fetch_company_overview" for step in stored):
             await asyncio.sleep(self.latency / 2)
-            say("crash on request: this process now kills itself with SIGKILL")
+            print_in_step("crash on request: this process now kills itself with SIGKILL")
             os.kill(os.getpid(), signal.SIGKILL)
         figures = await self._look_up(company_name, idempotency_key)
         payload = {
@@ -145,7 +147,7 @@ class SimulatedService:
         return {**payload, "revenue_usd_millions": "n/a"}
 
     async def _look_up(self, company_name: str, _idempotency_key: str) -> random.Random:
-        # A real client sends the key along, often as the header Idempotency-Key.
+        # A real client sends the key to the service, often in an Idempotency-Key header.
         await asyncio.sleep(self.latency)
         if not any(character.isalnum() for character in company_name):
             raise LookupError(f"no company is known as {company_name!r}")
@@ -157,10 +159,10 @@ service = SimulatedService()
 
 
 def step_key() -> str:
-    """Return the idempotency key of this step of this run: the same in each attempt and rerun.
+    """Return the idempotency key of this step: the same in every attempt and every rerun.
 
-    A step that was killed after its effect and before its checkpoint runs once more. That is the
-    one repetition there is, and a service that honours the key counts both as one.
+    A step that is killed after its side effect but before its checkpoint is stored runs again. A
+    service that honours the key treats both requests as one.
     """
     return f"{DBOS.workflow_id}:{DBOS.step_id}"
 
@@ -172,7 +174,7 @@ async def fetch_company_overview(company_name: str) -> CompanyOverview:
     Args:
         company_name: The company's full name, as the user gave it.
     """
-    say("fetch_company_overview calls the service")
+    print_in_step("fetch_company_overview calls the service")
     try:
         payload = await service.overview(company_name, step_key())
     except LookupError as error:
@@ -180,7 +182,7 @@ async def fetch_company_overview(company_name: str) -> CompanyOverview:
     return CompanyOverview.model_validate(payload)
 
 
-# Nine waits of 0.5, 0.75, … 12.8 s are 37 s at the most. With the default rate they would be 256 s.
+# Nine waits, from 0.5 to 12.8 s, are 37 s in all. DBOS's default backoff_rate of 2 makes it 256 s.
 @DBOS.step(
     timeout_seconds=30,
     retries_allowed=True,
@@ -190,7 +192,7 @@ async def fetch_company_overview(company_name: str) -> CompanyOverview:
     should_retry=retry_on(
         ConnectionError,
         TimeoutError,
-        dbos_error.DBOSStepTimeoutError,  # of `timeout_seconds`; it is no TimeoutError
+        dbos_error.DBOSStepTimeoutError,  # by `timeout_seconds`; not a TimeoutError
         RateLimitError,
         MalformedPayloadError,
     ),
@@ -201,11 +203,11 @@ async def fetch_financial_metrics(company_name: str) -> FinancialMetrics:
     Args:
         company_name: The company's full name, as the user gave it.
     """
-    say("fetch_financial_metrics calls the service")
+    print_in_step("fetch_financial_metrics calls the service")
     try:
         payload = await service.financials(company_name, step_key())
         return FinancialMetrics.model_validate(payload)
-    except LookupError as error:  # the model can mend this one: it goes back to it, not retried
+    except LookupError as error:  # goes back to the model, which can fix it; not retried
         raise ModelRetry(f"{error}: check the name and call again") from None
-    except ValidationError:  # quotes the payload, which the checkpoint would then hold
+    except ValidationError:  # it quotes the payload, and the checkpoint would too
         raise MalformedPayloadError("the payload lacks what was promised") from None

@@ -182,7 +182,7 @@ def main(
     os.environ.clear()
     os.environ.update(environment)
     config.PROJECT = Path(environment["HOME"])
-    tools.SimulatedService = LedgerService  # type: ignore[misc]
+    tools.service = LedgerService()
     vars(agent)["APP_VERSION"] = patches.pop("version", config.APP_VERSION)
     if limit := patches.pop("file_size", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -183,7 +183,7 @@ def test_a_stored_error_of_a_type_that_is_gone_does_not_stop_the_run(app: App) -
     app.rows(f"UPDATE {{dbos}}workflow_output SET error = '{GONE}'")
     again = app.run("Acme")
     assert again.wait() == 0, again.stderr
-    assert "an error that cannot be read any more" in again.stdout.replace("\n", " ")
+    assert "an error that can no longer be read" in again.stdout.replace("\n", " ")
 
 
 def test_an_id_that_belongs_to_somebody_elses_workflow_is_refused(app: App) -> None:
@@ -208,7 +208,7 @@ def test_hostile_names_and_ids_are_only_text(sqlite_app: App, text: str) -> None
     run = sqlite_app.run(f"--run-id={text}", "--", text)
     assert run.wait() == 0, run.stderr
     assert f"company_name            {text}" in run.stdout
-    assert "finished before" in sqlite_app.run(f"--run-id={text}", "--", text).stdout
+    assert "finished earlier" in sqlite_app.run(f"--run-id={text}", "--", text).stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -88,6 +88,31 @@ async def test_two_calls_for_one_request_in_one_process_execute_it_once(
     assert scripted.requests.count("Once") == 2
 
 
+async def test_a_caller_that_is_cancelled_does_not_give_up_the_lock_of_a_run_that_goes_on(
+    durable: Durable, settings: Settings, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(SimulatedService):
+        async def overview(self, company_name: str, idempotency_key: str) -> dict[str, Any]:
+            entered.set()
+            await go_on.wait()
+            return await super().overview(company_name, idempotency_key)
+
+    monkeypatch.setattr(tools, "service", Slow())
+    request = settings.request("Cancelled")
+    caller = asyncio.create_task(research(durable, settings, request))
+    await entered.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert agent.try_lock(settings, derive_run_id(request)) is None
+    go_on.set()
+    run = await research(durable, settings, request)
+    assert run.report.company_name == "Cancelled"
+    assert scripted.requests.count("Cancelled") == 2
+
+
 async def test_a_tool_call_that_the_model_can_mend_goes_back_to_it_without_a_retry(
     durable: Durable, settings: Settings, scripted: Scripted
 ) -> None:

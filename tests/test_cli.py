@@ -25,7 +25,7 @@ def one_error(app: App, *arguments: str, **environment: str) -> str:
     [
         ([""], "the company's name has 0 characters"),
         (["x" * 101], "the company's name has 101 characters"),
-        (["bell\a"], "holds the control character U+0007"),
+        (["bell\a"], "contains the control character U+0007"),
         (["Acme", "--run-id", ""], "the run ID has 0 characters"),
         (["Acme", "--run-id", "x" * 101], "the run ID has 101 characters"),
         (["Acme", "--bucket", "x" * 101], "the bucket has 101 characters"),
@@ -91,11 +91,11 @@ def test_a_path_that_cannot_be_written_is_an_error(sqlite_app: App) -> None:
 
 
 def test_neons_pooled_host_is_warned_of_in_one_line(sqlite_app: App) -> None:
-    url = "postgresql://me:secret@ep-x-pooler.localhost.invalid/db"
+    url = "postgresql://me:secret@ep-x-pooler.eu.neon.tech:1/db?hostaddr=127.0.0.1"
     process = sqlite_app.run("Acme", DBOS_SYSTEM_DATABASE_URL=url)
     assert process.wait() == 2
     assert process.stderr.splitlines()[0] == (
-        "warning: DBOS needs Neon's direct host, ep-x.localhost.invalid"
+        "warning: DBOS needs Neon's direct host, ep-x.eu.neon.tech"
     )
     assert "secret" not in process.stderr
 
@@ -122,7 +122,7 @@ def test_the_data_say_that_they_are_invented_and_the_model_that_it_is_none(sqlit
     run = sqlite_app.run("Acme")
     text = re.sub(r"\s+", " ", run.stdout)
     assert "Invented for this tutorial: not facts about a real company." in text
-    assert "A script stands in for the model. For a real one, put an API key in .env." in text
+    assert "A script stands in for the model. To use a real one, see .env.example." in text
 
 
 def test_the_real_command_runs_from_any_directory_and_loads_no_providers_client(
@@ -148,6 +148,44 @@ def test_the_real_command_runs_from_any_directory_and_loads_no_providers_client(
     assert "Quantum Compute Corp" in run.stdout
     assert run.stdout.splitlines()[-1] == "LOADED set()"
     assert (tmp_path / "research.sqlite").exists()
+
+
+@pytest.mark.parametrize("moment", ["import", "imported"])
+def test_ctrl_c_in_the_first_seconds_ends_in_one_line(tmp_path: Path, moment: str) -> None:
+    """At the first import of agent.py, and at the last."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, os, signal\n"
+        "real = builtins.__import__\n"
+        "def watched(name, *rest):\n"
+        f"    if name == {'argparse' if moment == 'import' else 'tools'!r}:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = watched\n"
+    )
+    run = subprocess.run(
+        [sys.executable, PROJECT / "agent.py"],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 130
+    assert run.stderr == "\nInterrupted: nothing was begun. Run the same command to resume.\n"
+    assert run.stdout == ""
+
+
+def test_a_terminal_that_cannot_show_a_name_does_not_fail_the_run(tmp_path: Path) -> None:
+    for name in ("agent.py", "tools.py", "config.py"):
+        (tmp_path / name).write_bytes((PROJECT / name).read_bytes())
+    run = subprocess.run(
+        [sys.executable, tmp_path / "agent.py", "Café Ω"],
+        env={"PYTHONIOENCODING": "ascii", "DEMO_LATENCY": "0", "DEMO_FAILURE_RATE": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Caf\\xe9" in run.stdout
 
 
 def test_importing_the_modules_does_nothing(tmp_path: Path) -> None:

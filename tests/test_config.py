@@ -95,20 +95,40 @@ def test_an_env_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("DEMO_FAILURE_RATE", "1.1", "DEMO_FAILURE_RATE=1.1 is no number from 0 to 1"),
-        ("DEMO_FAILURE_RATE", "often", "DEMO_FAILURE_RATE=often is no number"),
-        ("DEMO_FAILURE_RATE", "nan", "DEMO_FAILURE_RATE=nan is no number"),
-        ("DEMO_LATENCY", "-1", "DEMO_LATENCY=-1 is no number from 0 to 10"),
-        ("DEMO_LATENCY", "inf", "DEMO_LATENCY=inf is no number"),
-        ("TENANT_ID", "a\x00b", "TENANT_ID holds the control character U\\+0000"),
+        ("DEMO_FAILURE_RATE", "1.1", "DEMO_FAILURE_RATE is '1.1': give a number from 0 to 1"),
+        ("DEMO_FAILURE_RATE", "often", "DEMO_FAILURE_RATE is 'often'"),
+        ("DEMO_FAILURE_RATE", "nan", "DEMO_FAILURE_RATE is 'nan'"),
+        ("DEMO_LATENCY", "-1", "DEMO_LATENCY is '-1': give a number from 0 to 10"),
+        ("DEMO_LATENCY", "inf", "DEMO_LATENCY is 'inf'"),
+        ("TENANT_ID", "a\x00b", "TENANT_ID contains the control character U\\+0000"),
         ("USER_ID", "x" * 101, "USER_ID has 101 characters: give it 1 to 100"),
-        ("OPENAI_API_KEY", "sk-“quoted”", "OPENAI_API_KEY holds a character that no key has"),
-        ("DBOS_SYSTEM_DATABASE_URL", "nonsense", "DBOS_SYSTEM_DATABASE_URL is no database URL"),
-        ("NEON_DATABASE_URL", "postgresql://u:secret@h:port/d", "NEON_DATABASE_URL is no database"),
-        ("NEON_DATABASE_URL", "postgresql://u:secret@host", "NEON_DATABASE_URL is no database URL"),
-        ("NEON_DATABASE_URL", "mysql://u:secret@host/d", "NEON_DATABASE_URL is no database URL"),
-        ("DBOS_SYSTEM_DATABASE_URL", "sqlite://", "is no database URL"),
-        ("DBOS_SYSTEM_DATABASE_URL", "sqlite:///:memory:", "is no database URL"),
+        ("OPENAI_API_KEY", "sk-“quoted”", "OPENAI_API_KEY contains a character that no key has"),
+        (
+            "DBOS_SYSTEM_DATABASE_URL",
+            "nonsense",
+            "DBOS_SYSTEM_DATABASE_URL is not",
+        ),
+        (
+            "NEON_DATABASE_URL",
+            "postgresql://u:secret@h:port/d",
+            "NEON_DATABASE_URL is not",
+        ),
+        (
+            "NEON_DATABASE_URL",
+            "postgresql://u:secret@host",
+            "NEON_DATABASE_URL is not",
+        ),
+        (
+            "NEON_DATABASE_URL",
+            "mysql://u:secret@host/d",
+            "NEON_DATABASE_URL is not",
+        ),
+        ("NEON_DATABASE_URL", "postgresql://u:p@secret@host/d", "NEON_DATABASE_URL is not"),
+        ("NEON_DATABASE_URL", "postgresql://h/d?password=secret", "NEON_DATABASE_URL is not"),
+        ("DBOS_SYSTEM_DATABASE_URL", "sqlite:///x.sqlite?mode=ro", "is not a usable database"),
+        ("DBOS_SYSTEM_DATABASE_URL", "sqlite:///file:x?mode=memory", "is not a usable database"),
+        ("DBOS_SYSTEM_DATABASE_URL", "sqlite://", "is not a usable database"),
+        ("DBOS_SYSTEM_DATABASE_URL", "sqlite:///:memory:", "is not a usable database"),
         ("DBOS_SYSTEM_DATABASE_URL", "sqlite:////nowhere/x.sqlite", "there is no folder /nowhere"),
     ],
 )
@@ -123,6 +143,27 @@ def test_an_unfit_value_is_named_and_no_secret_is_told(key: str, value: str, tol
     assert not Path("/nowhere").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("A=1\nOPENAI_API_KEY sk-any\n", "line 2"),
+        ('A="open\n', "line 1"),
+    ],
+)
+def test_a_line_of_the_file_that_cannot_be_parsed_is_an_error(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    (tmp_path / ".env").write_text(text)
+    with pytest.raises(ResearchError, match=told):
+        load_settings()
+
+
+def test_a_linked_sqlite_file_has_one_path_and_so_one_lock(tmp_path: Path) -> None:
+    (tmp_path / "linked.sqlite").symlink_to(tmp_path / "real.sqlite")
+    os.environ["DBOS_SYSTEM_DATABASE_URL"] = "sqlite:///linked.sqlite"
+    assert load_settings().database_url.database == str(tmp_path / "real.sqlite")
+
+
 def test_a_relative_sqlite_path_does_not_follow_the_current_directory(tmp_path: Path) -> None:
     os.environ["DBOS_SYSTEM_DATABASE_URL"] = "sqlite:///mine.sqlite"
     assert load_settings().database_url.database == str(tmp_path / "mine.sqlite")
@@ -132,8 +173,8 @@ def test_a_relative_sqlite_path_does_not_follow_the_current_directory(tmp_path: 
 def test_every_usual_spelling_of_a_postgres_url_is_taken(scheme: str) -> None:
     os.environ["NEON_DATABASE_URL"] = f"{scheme}://me:secret@host/db?sslmode=require"
     settings = load_settings()
-    assert settings.database_url.drivername == "postgresql"
-    assert settings.database_url.query == {"connect_timeout": "5", "sslmode": "require"}
+    assert settings.database_url.drivername == "postgresql+psycopg"
+    assert settings.database_url.query == {"connect_timeout": "3", "sslmode": "require"}
     assert settings.database_label == "Postgres db on host"
     assert "secret" not in repr(settings)
     assert settings.pooled_host is None

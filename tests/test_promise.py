@@ -32,7 +32,7 @@ def test_a_finished_run_is_replayed_without_any_request_call_or_write(app: App) 
     rows = {table: app.rows(f"SELECT * FROM {{dbos}}{table}") for table in tables}
     again = app.run("Acme")
     assert again.wait() == 0
-    assert "finished before" in again.stdout
+    assert "finished earlier" in again.stdout
     assert report_of(again.stdout) == report_of(first.stdout)
     assert "  step " not in again.stdout
     assert again.stdout.count("restored") == 4
@@ -51,7 +51,7 @@ def test_an_interrupted_run_goes_on_after_its_last_checkpoint(
     assert app.status() == "PENDING"
     again = app.run("Acme")
     assert again.wait() == 0, again.stderr
-    assert "interrupted, goes on after 2 finished steps" in again.stdout.replace("\n", " ")
+    assert "interrupted, resumes after 2 finished steps" in again.stdout.replace("\n", " ")
     assert "step 1:" not in again.stdout
     assert "step 2:" not in again.stdout
     assert len(app.ledger("effect model")) == 2
@@ -64,7 +64,7 @@ def test_ctrl_c_says_what_is_stored_and_how_to_go_on(app: App) -> None:
     interrupted.signal(signal.SIGINT)
     assert interrupted.wait() == 130
     assert interrupted.stderr.strip() == (
-        "Interrupted: 2 finished steps are stored. Run the same command to go on."
+        "Interrupted: 2 finished steps are stored. Run the same command to resume."
     )
 
 
@@ -119,8 +119,8 @@ def test_a_run_killed_between_its_failure_and_its_end_does_not_repeat_the_failur
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        ("CANCELLED", "cancelled, goes on"),
-        ("MAX_RECOVERY_ATTEMPTS_EXCEEDED", "max recovery attempts exceeded, goes on"),
+        ("CANCELLED", "cancelled, resumes"),
+        ("MAX_RECOVERY_ATTEMPTS_EXCEEDED", "max recovery attempts exceeded, resumes"),
     ],
 )
 def test_a_run_that_was_given_up_goes_on_from_its_last_checkpoint(
@@ -138,7 +138,7 @@ def test_a_run_that_was_given_up_goes_on_from_its_last_checkpoint(
 def test_a_second_process_waits_executes_nothing_and_prints_the_same_report(app: App) -> None:
     first = app.start("Acme", WAIT_AT="after effect 3")
     app.until("waiting after effect 3")
-    second = app.start("Acme").until_prints("Waiting for it.")
+    second = app.start("Acme").until_prints("waits for it and executes nothing")
     assert f":{first.pid}:" in second.stdout.replace("\n", " ")
     app.open_gate()
     assert first.wait() == 0
@@ -150,7 +150,7 @@ def test_a_second_process_waits_executes_nothing_and_prints_the_same_report(app:
 def test_a_waiting_process_takes_over_when_the_first_is_killed(app: App) -> None:
     first = app.start("Acme", WAIT_AT="after effect 3")
     app.until("waiting after effect 3")
-    second = app.start("Acme").until_prints("Waiting for it.")
+    second = app.start("Acme").until_prints("waits for it and executes nothing")
     first.signal(signal.SIGKILL)
     assert second.wait() == 0, second.stderr
     assert len(app.ledger("effect overview")) == 1
@@ -160,7 +160,7 @@ def test_a_waiting_process_takes_over_when_the_first_is_killed(app: App) -> None
 def test_a_waiting_process_that_is_killed_does_not_disturb_the_first(app: App) -> None:
     first = app.start("Acme", WAIT_AT="after effect 3")
     app.until("waiting after effect 3")
-    second = app.start("Acme").until_prints("Waiting for it.")
+    second = app.start("Acme").until_prints("waits for it and executes nothing")
     second.signal(signal.SIGKILL)
     second.wait()
     app.open_gate()
@@ -200,7 +200,7 @@ def test_a_run_of_another_version_is_refused_at_once_with_both_versions(app: App
     assert "version 1" in refused.stderr
     assert "--bucket" in refused.stderr
     assert app.run("Acme", patches={"version": "old"}).wait() == 0
-    assert "finished before" in app.run("Acme").stdout
+    assert "finished earlier" in app.run("Acme").stdout
 
 
 def test_an_id_that_holds_another_request_is_refused(app: App) -> None:
@@ -209,6 +209,16 @@ def test_an_id_that_holds_another_request_is_refused(app: App) -> None:
     assert refused.wait() == 2
     assert refused.stderr.startswith("error: run mine is stored for another request: Acme, offline")
     assert app.run("  aCME ", "--run-id", "mine").wait() == 0
+
+
+def test_another_request_for_a_live_run_is_refused_at_once(app: App) -> None:
+    live = app.start("Acme", "--run-id", "mine", WAIT_AT="after effect 3")
+    app.until("waiting after effect 3")
+    refused = app.run("Globex", "--run-id", "mine")
+    assert refused.wait() == 2
+    assert "stored for another request" in refused.stderr
+    app.open_gate()
+    assert live.wait() == 0
 
 
 def test_another_bucket_is_another_run_and_the_list_shows_both(app: App) -> None:

@@ -93,7 +93,7 @@ def test_runs_killed_under_dbos_agent_finish_under_dbos_durability(
     assert "interrupted" in again.stdout
     assert "fetch_company_overview calls" not in again.stdout
     assert app.status() == "SUCCESS"
-    assert "finished before" in run(folder, "agent.py", "Acme", **environment).stdout
+    assert "finished earlier" in run(folder, "agent.py", "Acme", **environment).stdout
 
 
 def test_every_link_to_a_file_or_a_heading_resolves() -> None:
