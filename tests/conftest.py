@@ -255,6 +255,15 @@ def app_without_database(database_url: str, tmp_path: Path) -> Iterator[App]:
     yield from opened(database_url, tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Kill what a test has started and, as it failed, not ended."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+
+
 def opened(database_url: str, tmp_path: Path) -> Iterator[App]:
     """Clean up after the app."""
     app = App(tmp_path, database_url)

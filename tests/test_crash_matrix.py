@@ -23,9 +23,7 @@ FIRST_RUN = [
         for step in STEPS
         for point in (
             f"before body {step}",
-            f"after body {step}",
             f"inside {step}",
-            f"after effect {step}",
             f"before commit {step}",
             f"after commit {step}",
         )
@@ -33,7 +31,8 @@ FIRST_RUN = [
     "before outcome SUCCESS",
     "after outcome SUCCESS",
 ]
-"""Points of a run that nothing has disturbed. `body` is DBOS's look for a stored result."""
+"""Points of a run that nothing has disturbed: the body of a step comes after DBOS's look for a
+stored result, and its side effect before the commit."""
 RECOVERY = [
     "before resume",
     "after resume",
