@@ -211,7 +211,7 @@ def test_hostile_names_and_ids_are_only_text(sqlite_app: App, text: str) -> None
     assert "finished earlier" in sqlite_app.run(f"--run-id={text}", "--", text).stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_real_command_is_signalled_and_run_again(tmp_path: Path, number: int) -> None:
     app = App(tmp_path, f"sqlite:///{tmp_path / 'research.sqlite'}")
     command = [sys.executable, str(PROJECT / "agent.py"), "Acme"]
