@@ -418,9 +418,9 @@ def find_failure(
     # answer, and what that led to, is dropped. If the run failed between steps, for example
     # because the disk was full, keep them all.
     if isinstance(stored.error, ai_error.AgentRunError):
-        model_steps = [step["function_id"] for step in steps if is_model_step(step)]
-        return max(model_steps, default=1), stored.error
-    return len(steps) + 1, stored.error
+        asked = [step["function_id"] for step in steps if is_model_step(step)]
+        return max(asked, default=1), stored.error
+    return max((step["function_id"] for step in steps), default=0) + 1, stored.error
 
 
 def finished(steps: list[StepInfo]) -> list[StepInfo]:
@@ -631,6 +631,9 @@ def main() -> int:
         tools.service.crash = options.crash
         run_id = options.run_id or derive_run_id(request)
         print_run(asyncio.run(research(agent, settings, request, run_id)))
+        if options.crash:
+            print_line("--crash found nothing to kill: fetch_financial_metrics did not run after")
+            print_line("fetch_company_overview in this process.")
         # It exists if the run was resumed. A process that fails or dies leaves one row behind.
         DBOS.delete_queue(DBOS.executor_id)
     except ResearchError as error:

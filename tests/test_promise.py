@@ -87,6 +87,9 @@ def test_crash_kills_after_the_reliable_tools_checkpoint_and_a_rerun_recovers(ap
     again = app.run("Acme")
     assert again.wait() == 0
     assert len(app.ledger("effect overview")) == 1
+    late = app.run("Acme", "--crash")
+    assert late.wait() == 0
+    assert "--crash found nothing to kill" in late.stdout
 
 
 def test_a_failed_run_says_what_failed_and_goes_on_from_the_failed_step(app: App) -> None:
