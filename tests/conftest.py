@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import tempfile
@@ -22,6 +23,8 @@ models.ALLOW_MODEL_REQUESTS = False
 PROJECT = Path(__file__).resolve().parent.parent
 # Where the forkserver finds what it imports beforehand; up to Python 3.12 it ignores sys.path.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
+# The workers of pytest-xdist inherit it.
+CRASH_SEED = os.environ.setdefault("CRASH_SEED", str(random.randrange(1_000_000)))
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["child", "pydantic_ai.models.openai"])
 PATIENCE = 60.0
@@ -161,11 +164,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     shutil.rmtree(folder)
     points = [tally for tally in tallies if "random" not in tally["point"]]
     at_random = [tally for tally in tallies if "random" in tally["point"]]
-    matrix = summary_of(points)
+    matrix = f"{len({tally['point'] for tally in points})} kill points, {summary_of(points)}"
     if points:
         print(f"\n{matrix}")
     if at_random:
-        print(f"random kills: {summary_of(at_random)}")
+        print(f"random kills, CRASH_SEED={CRASH_SEED}: {summary_of(at_random)}")
     whole = session.config.args == session.config.getini("testpaths")
     if whole and not session.config.option.keyword:
         readme = " ".join((PROJECT / "README.md").read_text().replace("> ", "").split())
@@ -175,14 +178,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def summary_of(tallies: list[dict[str, Any]]) -> str:
-    """Say in one line what the crash matrix measured."""
-    points = {tally["point"] for tally in tallies}
+    """Say what the crash matrix measured."""
     kills, finished, repeated = (
         sum(tally[what] for tally in tallies) for what in ("kills", "finished", "repeated")
     )
     databases = " and ".join(sorted({tally["database"] for tally in tallies}))
     return (
-        f"{len(points)} kill points, {kills} kills, {finished} of {len(tallies)} runs finished,"
+        f"{kills} kills, {finished} of {len(tallies)} runs finished,"
         f" {repeated} committed steps repeated, on {databases}"
     )
 

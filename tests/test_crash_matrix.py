@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import App, Process
+from conftest import CRASH_SEED, App, Process
 
 STEPS = (1, 2, 3, 4)
 FIRST_RUN = [
@@ -162,15 +162,14 @@ def test_a_run_killed_three_times_in_one_step_reaches_its_end(app: App) -> None:
     judge(app, "three in one step", finish(app, "Acme"))
 
 
-SEED = int(os.environ.get("CRASH_SEED", "20261121"))
 ROUNDS = int(os.environ.get("CRASH_ROUNDS", "6"))
 
 
 @pytest.mark.parametrize("number", range(ROUNDS))
 def test_random_kills_do_not_break_the_promise(app: App, number: int) -> None:
     """Up to three processes die at a random SQL statement each."""
-    seed = f"{SEED} {number} {app.database_url.partition(':')[0]}"
-    print(f"CRASH_SEED={SEED} CRASH_ROUNDS={ROUNDS}: round {number}")
+    seed = f"{CRASH_SEED} {number} {app.database_url.partition(':')[0]}"
+    print(f"CRASH_SEED={CRASH_SEED} CRASH_ROUNDS={ROUNDS}: round {number}")
     dice = random.Random(seed)
     for _ in range(3):
         app.run("Acme", KILL_AT_STATEMENT=str(dice.randint(1, 60)))

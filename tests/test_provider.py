@@ -1,5 +1,6 @@
 """The real OpenAI client talks real HTTP to a provider that misbehaves."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,26 @@ def test_a_run_makes_two_model_requests_and_a_replay_makes_none(
     assert len(provider.requests) == 2
     assert sqlite_app.run("Acme", **provider.environment).wait() == 0
     assert len(provider.requests) == 2
+
+
+def test_a_run_killed_after_its_first_model_request_does_not_make_it_again(
+    app: App, provider: Provider
+) -> None:
+    killed = app.run("Acme", KILL_AT="before commit 3", **provider.environment)
+    assert killed.wait() == -signal.SIGKILL
+    assert len(provider.requests) == 1
+    again = app.run("Acme", **provider.environment)
+    assert again.wait() == 0, again.stderr
+    assert len(provider.requests) == 2
+
+
+def test_a_model_request_that_was_killed_before_its_checkpoint_is_made_once_more(
+    app: App, provider: Provider
+) -> None:
+    killed = app.run("Acme", KILL_AT="before commit 4", **provider.environment)
+    assert killed.wait() == -signal.SIGKILL
+    assert app.run("Acme", **provider.environment).wait() == 0
+    assert len(provider.requests) == 3
 
 
 def test_tokens_and_the_price_are_told(sqlite_app: App, provider: Provider) -> None:
