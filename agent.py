@@ -636,9 +636,11 @@ def main() -> int:
             print_line("fetch_company_overview in this process.")
         # It exists if the run was resumed. A process that fails or dies leaves one row behind.
         DBOS.delete_queue(DBOS.executor_id)
-    except ResearchError as error:
+    except (ResearchError, *DATABASE_ERRORS) as error:
         if options.verbose:
             traceback.print_exc()
+        if not isinstance(error, ResearchError):
+            error = database_error(settings, error)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

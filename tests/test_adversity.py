@@ -159,6 +159,14 @@ def test_a_file_that_is_damaged_inside_is_a_clear_error(sqlite_app: App) -> None
     pages = path.read_bytes()
     path.write_bytes(pages[:4096] + b"\xff" * (len(pages) - 4096))
     assert "cannot be used" in refused(sqlite_app, "Acme")
+    assert "cannot be used" in refused(sqlite_app, "--list")
+
+
+def test_a_damaged_table_is_a_clear_error_in_the_list_too(app: App) -> None:
+    app.run("Acme")
+    app.rows("ALTER TABLE {dbos}operation_outputs RENAME TO damaged")
+    assert "cannot be used" in refused(app, "--list")
+    assert "cannot be used" in refused(app, "Acme")
 
 
 GONE = base64.b64encode(b"cmodule_that_is_gone\nClass\n.").decode()
