@@ -27,6 +27,7 @@ import hashlib
 import io
 import json
 import logging
+import shlex
 import socket
 import sqlite3
 import sys
@@ -36,15 +37,24 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+)
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import sqlalchemy
 from dbos import (
     DBOS,
+    DBOSClient,
+    EnqueueOptions,
     SetWorkflowAttributes,
     SetWorkflowID,
     StepInfo,
@@ -97,7 +107,10 @@ MODEL_STEP: dict[str, Any] = {
 
 
 DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, dbos_error.DBOSInitializationError)
-DurableAgent = DBOSAgent[None, tools.ResearchReport]
+WORKFLOW_NAME = f"{AGENT_NAME}.run"  # by DBOSAgent
+GRACE = 8  # seconds; a container platform kills ten seconds after SIGTERM, or later
+USAGE_LIMITS = UsageLimits(request_limit=12)  # a model that loops costs money
+Workflow = Callable[..., Coroutine[Any, Any, AgentRunResult[tools.ResearchReport]]]
 
 
 class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
@@ -194,8 +207,8 @@ def _provider_without_retries(name: str) -> Provider[Any]:
     return provider
 
 
-def build_agent(model: Model) -> DurableAgent:
-    """Build the durable agent: its runs are workflows, and each model request is a step."""
+def build_workflow(model: Model) -> Workflow:
+    """Build the durable agent, and return its workflow: each model request in it is a step."""
     agent = Agent(
         NarratedModel(model),
         name=AGENT_NAME,
@@ -207,7 +220,7 @@ def build_agent(model: Model) -> DurableAgent:
     with warnings.catch_warnings():
         # pydantic-ai 3 removes it; pyproject.toml excludes 3. The README shows how to migrate.
         warnings.filterwarnings("ignore", "`DBOSAgent` is deprecated")
-        return DBOSAgent(
+        durable_agent: DBOSAgent[None, tools.ResearchReport] = DBOSAgent(
             agent,
             event_stream_handler=narrate_answer,
             model_step_config=cast(StepConfig, MODEL_STEP),
@@ -216,46 +229,71 @@ def build_agent(model: Model) -> DurableAgent:
             # in parallel, one of those could have finished.
             parallel_execution_mode="sequential",
         )
+    return durable_agent.dbos_wrapped_run_workflow  # what `await durable_agent.run(...)` executes
 
 
-def launch(settings: Settings, *, verbose: bool = False) -> DurableAgent:
-    """Start DBOS and return the durable agent. Call it once in a process.
+@dataclass(frozen=True)
+class Executor:
+    """This process, as DBOS sees it: what it executes, and from which queue."""
+
+    settings: Settings
+    workflow: Workflow
+    queue: str
+    lock: AbstractContextManager[Any]
+    """Held until this process dies, however it dies. So other processes can tell that it lives."""
+
+
+def launch(
+    settings: Settings,
+    *,
+    queue: str | None = None,
+    name: str | None = None,
+    verbose: bool = False,
+) -> Executor:
+    """Start DBOS. Call it once in a process.
 
     Args:
         settings: From `load_settings()`.
+        queue: The queue to take runs from. By default it is one that no other process takes from.
+        name: The DBOS executor ID, under which a worker that is started again resumes its runs.
         verbose: Whether DBOS writes its own log to stderr.
 
     Raises:
-        ResearchError: The model or the database cannot be used.
+        ResearchError: The model or the database cannot be used, or a live process has this name.
     """
     tools.service.failure_rate, tools.service.latency = settings.failure_rate, settings.latency
     # All workflows and steps must exist before DBOS is launched.
-    agent = build_agent(build_model(settings.model))
+    workflow = build_workflow(build_model(settings.model))
     # At launch, DBOS resumes every unfinished run that carries this process's executor ID. By
     # default each process has the ID "local", and so would resume other people's runs, even runs
-    # that are live in another process. A unique ID matches none: research() resumes one run.
-    executor_id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    # that are live in another process. A unique ID matches none.
+    executor_id = name or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     if sqlite3.sqlite_version_info < (3, 42):
         sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _add_unixepoch)
+    url = settings.database_url.render_as_string(hide_password=False)
     try:
         DBOS(
             config={
                 "name": APP_NAME,
                 "application_version": APP_VERSION,
                 "executor_id": executor_id,
-                "system_database_url": settings.database_url.render_as_string(hide_password=False),
+                "system_database_url": url,
                 "log_level": "INFO" if verbose else "WARNING",
                 "console_log_level": "INFO" if verbose else "CRITICAL",
             }
         )
-        # DBOS executes resumed runs from a queue. Any process may take them from its internal
-        # queue, and may be set to another model; only this process listens to this queue.
-        DBOS.listen_queues([executor_id])
+        # Without this, DBOS executes runs of every queue, and other processes execute ours.
+        DBOS.listen_queues([queue or executor_id])
         logging.getLogger("dbos").addHandler(DatabaseAlarm())
+        DBOS.migrate(url)  # creates the database, in which Postgres keeps the lock
+        with recovery_lock(settings):
+            lock = try_lock(settings, executor_id)
+        if lock is None:
+            raise ResearchError(f"a worker named {executor_id} is alive: choose another name.")
         DBOS.launch()
     except (*DATABASE_ERRORS, OSError, ValueError, TypeError) as error:
         raise database_error(settings, error) from error
-    return agent
+    return Executor(settings, workflow, queue or executor_id, lock)
 
 
 class DatabaseAlarm(logging.Handler):
@@ -289,20 +327,16 @@ class ResearchRun:
 
 
 async def research(
-    agent: DurableAgent,
-    settings: Settings,
-    request: ResearchRequest,
-    run_id: str | None = None,
+    executor: Executor, request: ResearchRequest, run_id: str | None = None
 ) -> ResearchRun:
     """Bring the run of this request to its end, whatever state it is found in.
 
-    A caller that is cancelled stops waiting; the run goes on, and keeps its lock, to its end.
-    In a service of your own, call `agent = launch(settings)` once, and then, as often as you like,
-    `run = await research(agent, settings, settings.request("Acme"))`.
+    In a service of your own, call `executor = launch(settings)` once, and then, as often as you
+    like but from one event loop, `run = await research(executor, settings.request("Acme"))`.
+    A caller that is cancelled stops waiting; the run goes on.
 
     Args:
-        agent: From `launch()`.
-        settings: What it was launched with.
+        executor: From `launch()`.
         request: From `settings.request()`.
         run_id: The DBOS workflow ID, if not the one derived from the request.
 
@@ -310,61 +344,31 @@ async def research(
         ResearchError: The ID is taken by another request, or by another version of the app.
         RunFailed: The run failed. Call again to resume it from the failed step.
     """
-    moving_on = move_on(agent, settings, request, run_id or derive_run_id(request))
-    return await asyncio.shield(asyncio.create_task(moving_on))
+    run_id = run_id or derive_run_id(request)
+    told = ""
 
-
-async def move_on(
-    agent: DurableAgent, settings: Settings, request: ResearchRequest, run_id: str
-) -> ResearchRun:
-    """Do what `research()` promises."""
-
-    def print_state(state: str) -> None:
-        where = f"Model: {request.model}. Database: {settings.database_label}."
-        print_line(wrap(f"Run {run_id}: {state}. {where}"))
-        if request.model == "offline":
-            print_line("(A script stands in for the model. To use a real one, see .env.example.)")
+    def tell(state: str) -> None:
+        nonlocal told
+        if state != told:
+            where = f"Model: {request.model}. Database: {executor.settings.database_label}."
+            print_line(wrap(f"Run {run_id}: {state}. {where}"))
+            if request.model == "offline":
+                print_line(
+                    "(A script stands in for the model. To use a real one, see .env.example.)"
+                )
+        told = state
 
     try:
-        async with run_lock(settings, request, run_id):
-            # While we hold the lock, no other process executes this run. If the run is
-            # unfinished, the process that was executing it has died.
-            stored = await DBOS.get_workflow_status_async(run_id)
-            steps = await DBOS.list_workflow_steps_async(run_id)
-            failure = find_failure(stored, steps)
-            if stored is None:
-                print_state("new")
-                with SetWorkflowID(run_id), SetWorkflowAttributes(request.attributes):
-                    limits = UsageLimits(request_limit=12)  # a model that loops costs money
-                    result = await agent.run(request.prompt, usage_limits=limits)
-            else:
-                refuse_if_unfit(stored, steps, request)
-                handle: WorkflowHandleAsync[AgentRunResult[tools.ResearchReport]]
-                if stored.status == "SUCCESS":
-                    print_state("finished earlier, so its stored report is replayed")
-                    handle = await DBOS.retrieve_workflow_async(run_id)
-                elif failure is not None:
-                    # Resuming a failed run only raises its stored error again. Rewinding deletes
-                    # the failed step and then resumes. It requires a run that has ended, and this
-                    # one may have died before its end was stored: so cancel it first.
-                    step, error = failure
-                    print_state(f"failed at step {step} ({describe(error)}), resumes there")
-                    await DBOS.cancel_workflow_async(run_id)
-                    queue = await own_queue()
-                    handle = await DBOS.rewind_workflow_async(
-                        run_id, start_step=step, queue_name=queue
-                    )
-                else:
-                    kept = len(finished(steps))
-                    print_state(f"{interruption(stored)}, resumes after {kept} finished steps")
-                    handle = await DBOS.resume_workflow_async(run_id, queue_name=await own_queue())
-                result = await handle.get_result(polling_interval_sec=0.1)
-            steps = await DBOS.list_workflow_steps_async(run_id)
-            return ResearchRun(run_id, result.output, steps, tools.attempts.pop(run_id, {}))
+        handle = None
+        while handle is None:
+            handle = await move_on(executor, request, run_id, tell)
+        result = await handle.get_result(polling_interval_sec=0.1)
+        steps = await DBOS.list_workflow_steps_async(run_id)
+        return ResearchRun(run_id, result.output, steps, tools.attempts.pop(run_id, {}))
     except ResearchError:
         raise
     except DATABASE_ERRORS as error:
-        raise database_error(settings, error) from error
+        raise database_error(executor.settings, error) from error
     except Exception as error:
         raise RunFailed(
             f"the run failed: {describe(error)}\n"
@@ -372,6 +376,73 @@ async def move_on(
         ) from error
     finally:
         tools.attempts.pop(run_id, None)
+
+
+async def move_on(
+    executor: Executor, request: ResearchRequest, run_id: str, tell: Callable[[str], None]
+) -> WorkflowHandleAsync[AgentRunResult[tools.ResearchReport]] | None:
+    """Start, resume or replay the run; return None if another live process executes it."""
+    stored = await DBOS.get_workflow_status_async(run_id)
+    if stored is None:
+        tell("new")
+        with SetWorkflowID(run_id), SetWorkflowAttributes(request.attributes):
+            handle = await DBOS.start_workflow_async(
+                executor.workflow, request.prompt, deps=None, usage_limits=USAGE_LIMITS
+            )
+        # If another process has stored the run in the meantime, DBOS has started nothing.
+        stored = await DBOS.get_workflow_status_async(run_id)
+        return handle if stored and stored.executor_id == DBOS.executor_id else None
+    if stored.status == "SUCCESS":
+        refuse_if_unfit(stored, await DBOS.list_workflow_steps_async(run_id), request)
+        tell("finished earlier, so its stored report is replayed")
+    elif await asyncio.to_thread(resume, executor, request, run_id, tell):
+        await asyncio.sleep(0.5)  # before the caller looks again
+        return None
+    return await DBOS.retrieve_workflow_async(run_id)
+
+
+def resume(
+    executor: Executor, request: ResearchRequest, run_id: str, tell: Callable[[str], None]
+) -> str | None:
+    """Resume an unfinished or failed run, through the queue of this process.
+
+    Returns:
+        The executor ID of the live process that executes the run; then nothing is done.
+    """
+    # Only one process at a time may find that the one which executed a run has died.
+    with recovery_lock(executor.settings):
+        stored, steps = DBOS.get_workflow_status(run_id), DBOS.list_workflow_steps(run_id)
+        if stored is None or stored.status == "SUCCESS":
+            return None
+        refuse_if_unfit(stored, steps, request)
+        owner = owner_of(stored)
+        if owner in (executor.queue, DBOS.executor_id):
+            return None
+        if owner is not None and is_alive(executor.settings, owner):
+            tell(f"being executed by {owner}. This process waits for it and executes nothing")
+            return owner
+        # Runs that are resumed without a queue go to one that every process takes from.
+        queue = DBOS.register_queue(
+            executor.queue, polling_interval_sec=0.1, on_conflict="never_update"
+        ).name
+        if failure := find_failure(stored, steps):
+            # Resuming a failed run only raises its stored error again. Rewinding deletes the failed
+            # step and then resumes. It requires a run that has ended, and this one may have died
+            # before its end was stored: so cancel it first.
+            step, error = failure
+            tell(f"failed at step {step} ({describe(error)}), resumes there")
+            DBOS.cancel_workflow(run_id)
+            DBOS.rewind_workflow(run_id, start_step=step, queue_name=queue)
+        else:
+            tell(f"{interruption(stored)}, resumes after {len(finished(steps))} finished steps")
+            DBOS.resume_workflow(run_id, queue_name=queue)
+    return None
+
+
+def owner_of(stored: WorkflowStatus) -> str | None:
+    """Return the executor ID of the process that executes an unfinished run, if it is alive."""
+    # A queue that only one process takes from has the name of its executor ID.
+    return {"PENDING": stored.executor_id, "ENQUEUED": stored.queue_name}.get(stored.status)
 
 
 def refuse_if_unfit(
@@ -435,39 +506,34 @@ def interruption(stored: WorkflowStatus) -> str:
     return stored.status.lower().replace("_", " ")
 
 
-async def own_queue() -> str:
-    """Return the name of this process's own queue, after making sure that it exists."""
-    return (await DBOS.register_queue_async(DBOS.executor_id, polling_interval_sec=0.1)).name
+def is_alive(settings: Settings, executor_id: str) -> bool:
+    """Tell whether a live process has this executor ID."""
+    lock = try_lock(settings, executor_id)
+    if lock is None:
+        return True
+    with lock:
+        return False
 
 
-@asynccontextmanager
-async def run_lock(
-    settings: Settings, request: ResearchRequest, run_id: str
-) -> AsyncIterator[None]:
-    """Hold the lock of this run, after waiting for any live process that holds it.
-
-    The operating system or the database releases it when its process dies, however it dies.
-    """
-    waiting = False
-    while (lock := await asyncio.to_thread(try_lock, settings, run_id)) is None:
-        stored = None if waiting else await DBOS.get_workflow_status_async(run_id)
-        if stored is not None:
-            refuse_if_unfit(stored, [], request)
-            owner = f"Run {run_id} is being executed by {stored.executor_id}."
-            print_line(wrap(f"{owner} This process waits for it and executes nothing."))
-            waiting = True
-        await asyncio.sleep(0.5)
+@contextmanager
+def recovery_lock(settings: Settings) -> Iterator[None]:
+    """Let one process at a time look which processes have died, and resume their runs."""
+    while (lock := try_lock(settings, "recovery")) is None:
+        time.sleep(0.05)
     with lock:
         yield
 
 
-def try_lock(settings: Settings, run_id: str) -> AbstractContextManager[Any] | None:
-    """Return the lock of this run, taken, or None if another process has it."""
+def try_lock(settings: Settings, name: str) -> AbstractContextManager[Any] | None:
+    """Return the lock of that name, taken, or None if a live process has it.
+
+    The operating system or the database releases it when its process dies, however it dies.
+    """
     url = settings.database_url
     if url.drivername == "sqlite":
-        name = hashlib.sha256(run_id.encode()).hexdigest()
+        file = f"{url.database}.locks/{hashlib.sha256(name.encode()).hexdigest()[:16]}"
         try:
-            return FileLock(f"{url.database}.locks/{name}", thread_local=False).acquire(timeout=0)
+            return FileLock(file, thread_local=False).acquire(timeout=0)
         except Timeout:
             return None
         except OSError as error:
@@ -483,11 +549,139 @@ def try_lock(settings: Settings, run_id: str) -> AbstractContextManager[Any] | N
         connection.execute(sqlalchemy.text(f"SET {setting}"))
     for setting in ("tcp_keepalives_interval = 5", "tcp_keepalives_count = 3"):
         connection.execute(sqlalchemy.text(f"SET {setting}"))
-    query = sqlalchemy.text("SELECT pg_try_advisory_lock(hashtextextended(:run_id, 0))")
-    if connection.scalar(query, {"run_id": run_id}):
+    query = sqlalchemy.text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+    if connection.scalar(query, {"name": f"{APP_NAME}:{name}"}):
         return connection
     connection.close()
     return None
+
+
+# ---------------------------------------------------------------- many runs
+
+
+class Outcome(NamedTuple):
+    """How one of many runs ended."""
+
+    status: str
+    """As DBOS stores it, or "REFUSED" for a run that cannot be resumed."""
+    seconds: float
+    attempts: int
+    """How often a process began to execute the run, since a command last resumed it."""
+    reason: str
+
+
+def open_queue(executor: Executor, concurrency: int | None) -> None:
+    """Register the queue that all processes of one model share.
+
+    Args:
+        executor: From `launch(queue=...)`.
+        concurrency: The number of runs that each process may execute at once. DBOS stores it with
+            the queue, so it counts for all of them. None: leave it as it is, or start with 10.
+    """
+    DBOS.register_queue(
+        executor.queue,
+        worker_concurrency=concurrency or 10,
+        polling_interval_sec=0.1,
+        on_conflict="always_update" if concurrency else "never_update",
+    )
+
+
+async def research_many(
+    executor: Executor, requests: dict[str, ResearchRequest], show: Callable[[str], None]
+) -> dict[str, Outcome]:
+    """Bring many runs to their ends. All processes on the queue share the work.
+
+    Args:
+        executor: From `launch(queue=...)`, after `open_queue()`.
+        requests: Run ID to request.
+        show: Called with a line of progress whenever it changes.
+
+    Returns:
+        Run ID to outcome. A run that fails does not stop the others.
+    """
+    known = {stored.workflow_id async for stored in stored_runs(list(requests))}
+    new = {run_id: request for run_id, request in requests.items() if run_id not in known}
+    await asyncio.to_thread(enqueue, executor, new)
+    outcomes: dict[str, Outcome] = {}
+    first_look, shown, last = True, "", ""
+    while len(outcomes) < len(requests):
+        began = time.monotonic()
+        live: set[str | None] = {executor.queue, DBOS.executor_id}
+        running = 0
+        async for stored in stored_runs([run_id for run_id in requests if run_id not in outcomes]):
+            run_id, owner = stored.workflow_id, owner_of(stored)
+            running += stored.status == "PENDING"
+            if stored.status == "SUCCESS" or (owner is None and not first_look):
+                outcomes[run_id] = await outcome_of(stored)
+                last = f"; last: {requests[run_id].company}"
+            elif owner not in live:  # it failed earlier, or its process may have died
+                try:
+                    live.add(
+                        await asyncio.to_thread(
+                            resume, executor, requests[run_id], run_id, lambda _: None
+                        )
+                    )
+                except ResearchError as error:
+                    outcomes[run_id] = Outcome("REFUSED", 0, 0, str(error))
+        failed = sum(outcome.status != "SUCCESS" for outcome in outcomes.values())
+        line = f"{len(outcomes) - failed} done, {running} running, "
+        line += f"{len(requests) - len(outcomes) - running} waiting, {failed} failed{last}"
+        if line != shown:
+            show(line)
+        first_look, shown = False, line
+        if len(outcomes) < len(
+            requests
+        ):  # however many they are, looking takes a tenth of the time
+            await asyncio.sleep(max(0.5, 10 * (time.monotonic() - began)))
+    return outcomes
+
+
+async def stored_runs(run_ids: list[str]) -> AsyncIterator[WorkflowStatus]:
+    """Read what is stored of these runs, some at a time and without their inputs and results."""
+    for start in range(0, len(run_ids), 1000):
+        for stored in await DBOS.list_workflows_async(
+            workflow_ids=run_ids[start : start + 1000], load_input=False, load_output=False
+        ):
+            yield stored
+
+
+def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
+    """Enqueue these runs in one transaction: all of them, or after an error none."""
+    engine = sqlalchemy.create_engine(executor.settings.database_url)
+    client = DBOSClient(system_database_engine=engine, application_name=APP_NAME)
+    # Without the lock, two processes that insert the same runs could wait for each other for ever.
+    with recovery_lock(executor.settings), engine.begin() as transaction:
+        for run_id, request in requests.items():
+            options: EnqueueOptions = {
+                "workflow_name": WORKFLOW_NAME,
+                "workflow_id": run_id,
+                "queue_name": executor.queue,
+                "app_version": APP_VERSION,
+                "attributes": request.attributes,
+            }
+            inputs = {"deps": None, "usage_limits": USAGE_LIMITS}
+            client.enqueue_in_transaction(transaction, options, request.prompt, **inputs)
+    engine.dispose()
+
+
+async def outcome_of(stored: WorkflowStatus) -> Outcome:
+    """Return how this run ended."""
+    if stored.status != "SUCCESS":  # its error has not been read yet
+        stored = await DBOS.get_workflow_status_async(stored.workflow_id) or stored
+    began = stored.dequeued_at or stored.created_at or 0
+    seconds = ((stored.completed_at or began) - began) / 1000
+    reason = describe(stored.error) if stored.error else ""
+    return Outcome(stored.status, seconds, stored.recovery_attempts or 0, reason)
+
+
+def work(executor: Executor) -> None:
+    """Execute runs from the queue until SIGTERM arrives."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    where = f"Database: {executor.settings.database_label}."
+    print_line(wrap(f"Worker {DBOS.executor_id} serves the queue {executor.queue}. {where}"))
+    stop.wait()
+    print_line("Asked to stop: taking no more runs, and finishing what has begun.")
 
 
 # ---------------------------------------------------------------- output
@@ -534,7 +728,7 @@ def price(answer: ai.ModelResponse | None) -> str:
         return ""
 
 
-def print_runs(limit: int = 50) -> None:
+def print_runs(limit: int) -> None:
     """Print the newest runs."""
     runs = DBOS.list_workflows(
         application_name=APP_NAME, sort_desc=True, limit=limit + 1, load_input=False
@@ -546,9 +740,30 @@ def print_runs(limit: int = 50) -> None:
         print_line(f"{when}  {run.status[:9]:<9}{steps:>3} steps  {company}"[:80])
         print_line(f"    {run.workflow_id}")
     if len(runs) > limit:
-        print_line(f"These are the {limit} newest; there are more.")
+        print_line(f"These are the {limit} newest; --list {limit * 10} shows more.")
     if not runs:
         print_line("No runs are stored in this database.")
+
+
+def show_progress(line: str) -> None:
+    """Print a line of progress: on a terminal over the one before it, elsewhere below it."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line[:79]}", end="", flush=True)
+    else:
+        print_line(line)
+
+
+def print_outcomes(requests: dict[str, ResearchRequest], outcomes: dict[str, Outcome]) -> None:
+    """Print how each run ended, and how to resume those that failed."""
+    print_line(f"\n{'company':<45}{'status':<16}{'seconds':>9}{'attempts':>10}")
+    for run_id, request in requests.items():
+        status, seconds, attempts, _ = outcomes[run_id]
+        print_line(f"{request.company[:43]:<45}{status[:15]:<16}{seconds:>9.1f}{attempts:>10}")
+    for run_id, request in requests.items():
+        if outcomes[run_id].status != "SUCCESS":
+            bucket = f" --bucket {shlex.quote(request.bucket)}" if request.bucket else ""
+            print_line(f"\n{wrap(f'{request.company}: {outcomes[run_id].reason}')}")
+            print_line(f"  resume it: uv run agent.py {shlex.quote(request.company)}{bucket}")
 
 
 def end_by_interruption(run_id: str | None) -> NoReturn:
@@ -599,16 +814,21 @@ def wrap(text: str) -> str:
 def main() -> int:
     """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(
-        description="Research a company with an agent that survives being killed.",
-        epilog="Exit codes: 0 finished; 1 the run failed, run again to resume; 2 bad usage, "
+        description="Research companies with an agent that survives being killed.",
+        epilog="Exit codes: 0 finished; 1 a run failed, run again to resume; 2 bad usage, "
         "configuration or database; 130 interrupted by Ctrl-C.",
     )
-    parser.add_argument("company", nargs="?", default="Quantum Compute Corp")
-    parser.add_argument("--bucket", default="", help="any text: a new one is a new run")
-    parser.add_argument("--run-id", help="the run's ID, instead of the derived one")
-    parser.add_argument("--crash", action="store_true", help="die by SIGKILL in the flaky tool")
-    parser.add_argument("--list", action="store_true", help="list the stored runs")
-    parser.add_argument("--verbose", action="store_true", help="show DBOS's log and tracebacks")
+    add = parser.add_argument
+    add("company", nargs="*", default=["Quantum Compute Corp"], help='"-": read one a line')
+    add("--bucket", default="", help="any text: a new one is a new run")
+    add("--run-id", help="the run's ID, instead of the derived one")
+    add("--crash", action="store_true", help="die by SIGKILL in the flaky tool")
+    add(
+        "--worker", nargs="?", const=socket.gethostname(), metavar="NAME", help="run what is queued"
+    )
+    add("--concurrency", type=int, metavar="N", help="queued runs at once in each process (10)")
+    add("--list", nargs="?", type=int, const=50, metavar="N", help="list the N (50) newest runs")
+    add("--verbose", action="store_true", help="show DBOS's log and tracebacks")
     options = parser.parse_args()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name must not fail a run by being printed
@@ -617,25 +837,31 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         settings = load_settings()
-        request = settings.request(options.company, options.bucket)
-        if options.run_id is not None:
-            options.run_id = clean_text("the run ID", options.run_id)
+        requests = settings.requests(options.company, options.bucket)
+        if options.run_id is not None and len(requests) == 1:
+            requests = {clean_text("the run ID", options.run_id): requests.popitem()[1]}
+        elif options.run_id is not None:
+            raise ResearchError("--run-id is for one company.")
+        if options.concurrency is not None and not 0 < options.concurrency <= 1000:
+            raise ResearchError("--concurrency takes a number from 1 to 1000.")
         if settings.pooled_host:
             direct = settings.pooled_host.replace("-pooler", "")
             print(f"warning: DBOS needs Neon's direct host, {direct}", file=sys.stderr)
-        if options.list:
-            launch(replace(settings, model="offline"), verbose=options.verbose)
-            print_runs()
-            return 0
-        agent = launch(settings, verbose=options.verbose)
         tools.service.crash = options.crash
-        run_id = options.run_id or derive_run_id(request)
-        print_run(asyncio.run(research(agent, settings, request, run_id)))
+        if options.list is not None:
+            launch(replace(settings, model="offline"), verbose=options.verbose)
+            print_runs(max(1, options.list))
+            return 0
+        if options.worker is not None or len(requests) > 1:
+            return run_queue(settings, options, requests)
+        [(run_id, request)] = requests.items()
+        executor = launch(settings, verbose=options.verbose)
+        print_run(asyncio.run(research(executor, request, run_id)))
         if options.crash:
             print_line("--crash found nothing to kill: fetch_financial_metrics did not run after")
             print_line("fetch_company_overview in this process.")
         # It exists if the run was resumed. A process that fails or dies leaves one row behind.
-        DBOS.delete_queue(DBOS.executor_id)
+        DBOS.delete_queue(executor.queue)
     except (ResearchError, *DATABASE_ERRORS) as error:
         if options.verbose:
             traceback.print_exc()
@@ -646,6 +872,27 @@ def main() -> int:
     except KeyboardInterrupt:
         end_by_interruption(run_id)
     return 0
+
+
+def run_queue(
+    settings: Settings, options: argparse.Namespace, requests: dict[str, ResearchRequest]
+) -> int:
+    """Execute runs from the shared queue: these, or as a worker whatever there is."""
+    is_worker = options.worker is not None
+    tools.narration = "of many" if is_worker else "off"
+    name = clean_text("the worker's name", options.worker) if is_worker else None
+    executor = launch(settings, queue=settings.queue, name=name, verbose=options.verbose)
+    open_queue(executor, options.concurrency)
+    outcomes: dict[str, Outcome] = {}
+    if is_worker:
+        work(executor)
+    else:
+        outcomes = asyncio.run(research_many(executor, requests, show_progress))
+        print_outcomes(requests, outcomes)
+    # This process may be executing runs that others have asked for. What is left after these
+    # seconds is resumed from its last checkpoint, a worker's when it is started again.
+    DBOS.destroy(workflow_completion_timeout_sec=GRACE)
+    return int(any(outcome.status != "SUCCESS" for outcome in outcomes.values()))
 
 
 if __name__ == "__main__":

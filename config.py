@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import unicodedata
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -124,6 +125,46 @@ class Settings:
         company = clean_text("the company's name", company)
         bucket = clean_text("the bucket", bucket) if bucket else ""
         return ResearchRequest(self.tenant_id, self.user_id, company, self.model, bucket)
+
+    def requests(self, names: list[str], bucket: str = "") -> dict[str, ResearchRequest]:
+        """Ask for many reports; doubled names are one.
+
+        Args:
+            names: Companies. `["-"]` reads them from standard input: one a line, in UTF-8; blank
+                lines and those that start with `#` are skipped.
+            bucket: As in `ResearchRequest`.
+
+        Returns:
+            Run ID to request, in the order of the names.
+
+        Raises:
+            ResearchError: A name is unfit; the text says which.
+        """
+        numbered = list(enumerate(names, start=1))
+        if names == ["-"]:
+            data = sys.stdin.buffer.read()
+            try:
+                lines = enumerate(data.decode("utf-8-sig").split("\n"), start=1)
+            except UnicodeDecodeError as error:
+                number = data.count(b"\n", 0, error.start) + 1
+                raise ResearchError(f"line {number} is not UTF-8 text: convert it.") from None
+            numbered = [(n, line) for n, line in lines if line.strip() and line.strip()[0] != "#"]
+        requests: dict[str, ResearchRequest] = {}
+        for number, name in numbered:
+            try:
+                request = self.request(name, bucket)
+            except ResearchError as error:
+                where = f"{'line' if names == ['-'] else 'name'} {number}: "
+                raise ResearchError(f"{where if len(numbered) > 1 else ''}{error}") from None
+            requests.setdefault(derive_run_id(request), request)
+        if not requests:
+            raise ResearchError("there is no company on standard input: give one a line.")
+        return requests
+
+    @property
+    def queue(self) -> str:
+        """The DBOS queue for many runs: one a model, because a process has only one model."""
+        return f"research:{self.model}"
 
     @property
     def database_label(self) -> str:

@@ -66,6 +66,9 @@ class MalformedPayloadError(Exception):
     """The service answered with something other than it promises."""
 
 
+narration: Literal["of one run", "of many", "off"] = "of one run"
+"""Whose steps this process prints. Of many runs, each line names its run."""
+
 attempts: dict[str | None, dict[int | None, int]] = {}
 """Workflow ID to step ID to attempts: how often this process entered the step's body."""
 
@@ -83,10 +86,13 @@ def print_in_step(message: str) -> None:
     status = DBOS.step_status
     if status is not None:
         attempt = (status.current_attempt or 0) + 1
-        counts = attempts.setdefault(DBOS.workflow_id, {})
-        counts[DBOS.step_id] = max(attempt, counts.get(DBOS.step_id, 0))
         message += f" (attempt {attempt} of {status.max_attempts})" if attempt > 1 else ""
-    print_line(f"  step {DBOS.step_id}: {message}")
+        if narration == "of one run":
+            counts = attempts.setdefault(DBOS.workflow_id, {})
+            counts[DBOS.step_id] = max(attempt, counts.get(DBOS.step_id, 0))
+    if narration != "off":
+        run = f"{DBOS.workflow_id} " if narration == "of many" else ""
+        print_line(f"  {run}step {DBOS.step_id}: {message}")
 
 
 def retry_on(*transient: type[Exception]) -> Callable[[BaseException], bool]:

@@ -139,7 +139,7 @@ def test_a_read_only_file_is_a_clear_error_and_the_run_goes_on_when_it_is_mended
     app = App(folder, f"sqlite:///{folder / 'research.sqlite'}")
     try:
         app.run("Acme", KILL_AT="before commit 3")
-        for path in folder.iterdir():
+        for path in folder.rglob("*"):
             path.chmod(0o777 if path.is_dir() else 0o666)
         (folder / "research.sqlite").chmod(0o444)
         folder.chmod(0o555)

@@ -9,18 +9,16 @@ import pytest
 from dbos import DBOS, StepInfo
 from pydantic_ai import ModelRetry, UnexpectedModelBehavior
 from pydantic_ai import messages as ai
-from pydantic_ai.durable_exec.dbos import DBOSAgent
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, DeltaToolCalls, FunctionModel
 from sqlalchemy import URL
 
 import agent
 import tools
-from agent import RunFailed, find_failure, research
+from agent import Executor, RunFailed, find_failure, research
 from config import Settings, derive_run_id
 from tools import ResearchReport, SimulatedService
 
 Script = Callable[[list[ai.ModelMessage], AgentInfo], AsyncIterator[DeltaToolCalls]]
-Durable = DBOSAgent[None, ResearchReport]
 
 
 class Scripted:
@@ -52,7 +50,7 @@ def scripted() -> Scripted:
 
 
 @pytest.fixture(scope="module")
-def durable(settings: Settings, scripted: Scripted) -> Iterator[Durable]:
+def durable(settings: Settings, scripted: Scripted) -> Iterator[Executor]:
     """The launched agent. DBOS allows one of a name in a process."""
     with pytest.MonkeyPatch.context() as patch:
         model = FunctionModel(stream_function=scripted.play, model_name="scripted")
@@ -67,29 +65,29 @@ def no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_service_awaits_research_as_often_as_it_likes(
-    durable: Durable, settings: Settings
+    durable: Executor, settings: Settings
 ) -> None:
     requests = [settings.request(f"Company {number}") for number in range(5)]
-    runs = await asyncio.gather(*(research(durable, settings, request) for request in requests))
+    runs = await asyncio.gather(*(research(durable, request) for request in requests))
     assert [run.report.company_name for run in runs] == [request.company for request in requests]
     assert all(run.attempts == {1: 1, 2: 1, 3: 1, 4: 1} for run in runs)
-    again = await research(durable, settings, requests[0])
+    again = await research(durable, requests[0])
     assert again.report == runs[0].report
     assert again.attempts == {}
     assert tools.attempts == {}
 
 
 async def test_two_calls_for_one_request_in_one_process_execute_it_once(
-    durable: Durable, settings: Settings, scripted: Scripted
+    durable: Executor, settings: Settings, scripted: Scripted
 ) -> None:
     request = settings.request("Once")
-    runs = await asyncio.gather(*(research(durable, settings, request) for _ in range(3)))
+    runs = await asyncio.gather(*(research(durable, request) for _ in range(3)))
     assert runs[0].report == runs[1].report == runs[2].report
     assert scripted.requests.count("Once") == 2
 
 
-async def test_a_caller_that_is_cancelled_does_not_give_up_the_lock_of_a_run_that_goes_on(
-    durable: Durable, settings: Settings, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+async def test_a_caller_that_is_cancelled_does_not_stop_the_run(
+    durable: Executor, settings: Settings, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, go_on = asyncio.Event(), asyncio.Event()
 
@@ -101,20 +99,19 @@ async def test_a_caller_that_is_cancelled_does_not_give_up_the_lock_of_a_run_tha
 
     monkeypatch.setattr(tools, "service", Slow())
     request = settings.request("Cancelled")
-    caller = asyncio.create_task(research(durable, settings, request))
+    caller = asyncio.create_task(research(durable, request))
     await entered.wait()
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
-    assert agent.try_lock(settings, derive_run_id(request)) is None
     go_on.set()
-    run = await research(durable, settings, request)
+    run = await research(durable, request)
     assert run.report.company_name == "Cancelled"
     assert scripted.requests.count("Cancelled") == 2
 
 
 async def test_a_tool_call_that_the_model_can_mend_goes_back_to_it_without_a_retry(
-    durable: Durable, settings: Settings, scripted: Scripted
+    durable: Executor, settings: Settings, scripted: Scripted
 ) -> None:
     async def misspell_first(
         messages: list[ai.ModelMessage], info: AgentInfo
@@ -127,14 +124,14 @@ async def test_a_tool_call_that_the_model_can_mend_goes_back_to_it_without_a_ret
                 yield delta
 
     scripted.scripts["Misspelt"] = misspell_first
-    run = await research(durable, settings, settings.request("Misspelt"))
+    run = await research(durable, settings.request("Misspelt"))
     assert run.report.company_name == "Misspelt"
     assert run.attempts[2] == 1
     assert isinstance(run.steps[1]["error"], ModelRetry)
 
 
 async def test_a_permanent_failure_is_not_retried_and_the_next_call_goes_on_from_it(
-    durable: Durable, settings: Settings, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+    durable: Executor, settings: Settings, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
@@ -146,20 +143,20 @@ async def test_a_permanent_failure_is_not_retried_and_the_next_call_goes_on_from
     monkeypatch.setattr(tools, "service", Closed())
     request = settings.request("Closed")
     with pytest.raises(RunFailed, match="PermissionError: the subscription has ended"):
-        await research(durable, settings, request)
+        await research(durable, request)
     assert calls == [f"Closed {derive_run_id(request)}:3"]
     monkeypatch.setattr(tools, "service", SimulatedService())
-    run = await research(durable, settings, request)
+    run = await research(durable, request)
     assert set(run.attempts) == {3, 4}
     assert scripted.requests.count("Closed") == 2
 
 
 async def test_a_tool_call_that_the_model_never_mends_fails_and_then_asks_the_model_anew(
-    durable: Durable, settings: Settings, scripted: Scripted
+    durable: Executor, settings: Settings, scripted: Scripted
 ) -> None:
     request = settings.request("???")
     with pytest.raises(RunFailed, match="fetch_company_overview"):
-        await research(durable, settings, request)
+        await research(durable, request)
     asked = scripted.requests.count("???")
     assert asked <= 4
 
@@ -179,7 +176,7 @@ async def test_a_tool_call_that_the_model_never_mends_fails_and_then_asks_the_mo
         yield {0: DeltaToolCall(info.output_tools[0].name, report.model_dump_json())}
 
     scripted.scripts["???"] = give_up_on_tools
-    run = await research(durable, settings, request)
+    run = await research(durable, request)
     assert run.report.company_name == "unknown"
     assert scripted.requests.count("???") == asked + 1
 
@@ -198,9 +195,9 @@ def step(number: int, name: str, error: Exception | None = None) -> StepInfo:
 
 
 async def test_the_failed_step_is_the_first_with_an_error_that_the_model_did_not_get(
-    durable: Durable, settings: Settings
+    durable: Executor, settings: Settings
 ) -> None:
-    await research(durable, settings, settings.request("Status"))
+    await research(durable, settings.request("Status"))
     stored = await DBOS.get_workflow_status_async(derive_run_id(settings.request("Status")))
     assert stored is not None
     model, outage = "research_agent__model.request_stream", TimeoutError()
