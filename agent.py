@@ -48,6 +48,7 @@ from collections.abc import (
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, cast
 
 import sqlalchemy
@@ -247,6 +248,7 @@ def launch(
     settings: Settings,
     *,
     queue: str | None = None,
+    concurrency: int | None = None,
     name: str | None = None,
     verbose: bool = False,
 ) -> Executor:
@@ -255,6 +257,8 @@ def launch(
     Args:
         settings: From `load_settings()`.
         queue: The queue to take runs from. By default it is one that no other process takes from.
+        concurrency: The number of runs from the queue that each process may execute at once. DBOS
+            stores it with the queue. None leaves it as it is, which is 10 at first.
         name: The DBOS executor ID, under which a worker that is started again resumes its runs.
         verbose: Whether DBOS writes its own log to stderr.
 
@@ -290,6 +294,14 @@ def launch(
             lock = try_lock(settings, executor_id)
         if lock is None:
             raise ResearchError(f"a worker named {executor_id} is alive: choose another name.")
+        if queue is not None:
+            # By a client, before launch: after it, the first runs would be taken by the old limit.
+            DBOSClient(system_database_url=url, application_name=APP_NAME).register_queue(
+                queue,
+                worker_concurrency=concurrency or 10,
+                polling_interval_sec=0.1,
+                on_conflict="always_update" if concurrency else "never_update",
+            )
         DBOS.launch()
     except (*DATABASE_ERRORS, OSError, ValueError, TypeError) as error:
         raise database_error(settings, error) from error
@@ -570,29 +582,13 @@ class Outcome(NamedTuple):
     reason: str
 
 
-def open_queue(executor: Executor, concurrency: int | None) -> None:
-    """Register the queue that all processes of one model share.
-
-    Args:
-        executor: From `launch(queue=...)`.
-        concurrency: The number of runs that each process may execute at once. DBOS stores it with
-            the queue, so it counts for all of them. None: leave it as it is, or start with 10.
-    """
-    DBOS.register_queue(
-        executor.queue,
-        worker_concurrency=concurrency or 10,
-        polling_interval_sec=0.1,
-        on_conflict="always_update" if concurrency else "never_update",
-    )
-
-
 async def research_many(
     executor: Executor, requests: dict[str, ResearchRequest], show: Callable[[str], None]
 ) -> dict[str, Outcome]:
     """Bring many runs to their ends. All processes on the queue share the work.
 
     Args:
-        executor: From `launch(queue=...)`, after `open_queue()`.
+        executor: From `launch(queue=...)`.
         requests: Run ID to request.
         show: Called with a line of progress whenever it changes.
 
@@ -615,12 +611,9 @@ async def research_many(
                 outcomes[run_id] = await outcome_of(stored)
                 last = f"; last: {requests[run_id].company}"
             elif owner not in live:  # it failed earlier, or its process may have died
+                move = partial(resume, executor, requests[run_id], run_id, tell=lambda _: None)
                 try:
-                    live.add(
-                        await asyncio.to_thread(
-                            resume, executor, requests[run_id], run_id, lambda _: None
-                        )
-                    )
+                    live |= {await asyncio.to_thread(move)} - {None}
                 except ResearchError as error:
                     outcomes[run_id] = Outcome("REFUSED", 0, 0, str(error))
         failed = sum(outcome.status != "SUCCESS" for outcome in outcomes.values())
@@ -881,8 +874,13 @@ def run_queue(
     is_worker = options.worker is not None
     tools.narration = "of many" if is_worker else "off"
     name = clean_text("the worker's name", options.worker) if is_worker else None
-    executor = launch(settings, queue=settings.queue, name=name, verbose=options.verbose)
-    open_queue(executor, options.concurrency)
+    executor = launch(
+        settings,
+        queue=settings.queue,
+        concurrency=options.concurrency,
+        name=name,
+        verbose=options.verbose,
+    )
     outcomes: dict[str, Outcome] = {}
     if is_worker:
         work(executor)

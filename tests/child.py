@@ -111,6 +111,8 @@ def listen_to_database() -> None:
             reach(f"before {point}")
             note(f"try {point}")
             result = write(self, *args, **kwargs)
+            if name == "record_operation_result" and args[0]["error"] is None:
+                note(f"stored {args[0]['workflow_uuid']}:{args[0]['function_id']}")
             if name != "start_queued_workflows" or result[0]:
                 note(f"done {point}")
                 reach(f"after {point}")
@@ -126,6 +128,7 @@ def listen_to_database() -> None:
     hook("cancel_workflows", lambda _: "cancel")
     hook("rewind_workflow", lambda _: "rewind")
     hook("start_queued_workflows", lambda _: "dequeue")
+    hook("init_workflow_with_connection", lambda args: f"insert {args[0]['attributes']['company']}")
 
 
 def listen_to_statements() -> None:
@@ -184,6 +187,9 @@ def main(
     config.PROJECT = Path(environment["HOME"])
     tools.service = LedgerService()
     vars(agent)["APP_VERSION"] = patches.pop("version", config.APP_VERSION)
+    vars(agent)["GRACE"] = patches.pop("grace", agent.GRACE)
+    if stdin := patches.pop("stdin", None):
+        sys.stdin = open(stdin)  # noqa: SIM115
     if limit := patches.pop("file_size", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if patches.pop("unprivileged", None) and os.getuid() == 0:

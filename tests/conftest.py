@@ -121,6 +121,10 @@ class App:
         """Wait until the ledger holds the line."""
         wait_for(lambda: self.ledger().count(line) >= times, f"{line!r} in the ledger")
 
+    def until_effects(self, count: int) -> None:
+        """Wait until so many side effects have happened."""
+        wait_for(lambda: len(self.ledger("effect")) >= count, f"{count} effects")
+
     def open_gate(self) -> None:
         """Let those go on that wait."""
         (self.folder / "ledger.gate").touch()
@@ -137,6 +141,22 @@ class App:
             rows = [tuple(row) for row in result] if result.returns_rows else []
         engine.dispose()
         return rows
+
+    def repeated(self) -> list[str]:
+        """Return the steps that ran again after their checkpoint had been stored."""
+        stored, repeated = set(), []
+        for line in self.ledger():
+            word, _, key = line.rpartition(" ")
+            if word == "stored":
+                stored.add(key)
+            elif word.startswith("effect") and key in stored:
+                repeated.append(key)
+        return repeated
+
+    def statuses(self) -> dict[str, int]:
+        """Return how many runs have which status."""
+        rows = self.rows("SELECT status, count(*) FROM {dbos}workflow_status GROUP BY status")
+        return {str(status): int(count) for status, count in rows}
 
     def status(self) -> str:
         """Return the status of the only run."""

@@ -1,0 +1,268 @@
+"""Many companies at once: batches and workers on one queue, killed and started again."""
+
+import random
+import signal
+
+import pytest
+from conftest import CRASH_SEED, App, Process, wait_for
+
+NAMES = ["Acme", "Globex", "Initech"]
+
+
+def table(process: Process) -> dict[str, list[str]]:
+    """Return the rows of the table at the end: company to status, seconds and attempts."""
+    rows = process.stdout.split("attempts\n", 1)[1].split("\n\n")[0].splitlines()
+    return {row[:43].strip(): row[45:].split() for row in rows}
+
+
+def enqueue(app: App, *names: str) -> None:
+    """Leave runs in the queue, by a batch that is killed before it executes any."""
+    batch = app.start(*names, WAIT_AT="before dequeue")
+    batch.until_prints(f"{len(names)} waiting").signal(signal.SIGKILL)
+    batch.wait()
+
+
+def test_each_of_several_names_is_the_run_it_would_be_alone(app: App) -> None:
+    assert app.run("Globex").wait() == 0
+    batch = app.run(*NAMES, "  ACME ")
+    assert batch.wait() == 0, batch.stderr
+    assert {row[0] for row in table(batch).values()} == {"SUCCESS"}
+    assert list(table(batch)) == NAMES
+    assert len(app.ledger("effect")) == 4 * 3
+    assert "3 done, 0 running, 0 waiting, 0 failed; last: " in batch.stdout
+    assert "  step " not in batch.stdout
+    assert max(len(line) for line in batch.stdout.splitlines()) <= 80
+    alone = app.run("Initech")
+    assert "finished earlier" in alone.stdout
+    assert len(app.ledger("effect")) == 4 * 3
+
+
+def test_a_batch_that_has_finished_is_replayed_without_any_request_or_call(app: App) -> None:
+    app.run(*NAMES)
+    before = app.ledger("effect")
+    again = app.run(*NAMES)
+    assert again.wait() == 0
+    assert len(table(again)) == 3
+    assert app.ledger("effect") == before
+
+
+def test_one_failure_stops_nobody_and_is_told_with_its_cure(app: App) -> None:
+    batch = app.run("Acme", "???", "Globex", "--bucket", "my bucket")
+    assert batch.wait() == 1
+    assert [row[0] for row in table(batch).values()] == ["SUCCESS", "ERROR", "SUCCESS"]
+    assert "\n???: UnexpectedModelBehavior: " in batch.stdout
+    assert "  resume it: uv run agent.py '???' --bucket 'my bucket'\n" in batch.stdout
+    assert batch.stderr == ""
+
+
+def test_failed_runs_go_on_from_their_failed_step(app: App) -> None:
+    failed = app.run(*NAMES, OUTAGE="1")
+    assert failed.wait() == 1
+    assert {row[0] for row in table(failed).values()} == {"ERROR"}
+    again = app.run(*NAMES)
+    assert again.wait() == 0, again.stdout
+    assert len(app.ledger("effect overview")) == 3
+    assert len(app.ledger("effect model")) == 6
+    assert app.repeated() == []
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_batch_goes_on(app: App, signal_number: signal.Signals) -> None:
+    killed = app.start(*NAMES, WAIT_AT="after effect 3")
+    wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
+    killed.signal(signal_number)
+    assert killed.wait() == (130 if signal_number == signal.SIGINT else -signal_number)
+    if signal_number == signal.SIGINT:
+        assert killed.stderr.endswith("is stored. Run the same command to resume.\n")
+        assert "Traceback" not in killed.stderr
+    again = app.run(*NAMES)
+    assert again.wait() == 0, again.stderr
+    assert len(app.ledger("effect overview")) == 3
+    assert app.repeated() == []
+
+
+def test_names_are_enqueued_all_or_none(app: App) -> None:
+    killed = app.run(*NAMES, KILL_AT="after insert Globex")
+    assert killed.wait() == -signal.SIGKILL
+    assert app.statuses() == {}
+    assert app.run(*NAMES).wait() == 0
+
+
+def test_bad_input_enqueues_nothing(sqlite_app: App) -> None:
+    refused = sqlite_app.run("Acme", "bell\a", "Globex")
+    assert refused.wait() == 2
+    assert refused.stderr.startswith("error: name 2: the company's name contains the control")
+    assert not (sqlite_app.folder / "research.sqlite").exists()
+    for arguments, told in [
+        (["Acme", "Globex", "--run-id", "mine"], "--run-id is for one company"),
+        (["Acme", "--worker", "bell\a"], "the worker's name contains the control character"),
+        (["Acme", "Globex", "--concurrency", "0"], "--concurrency takes a number from 1 to 1000"),
+    ]:
+        refused = sqlite_app.run(*arguments)
+        assert refused.wait() == 2
+        assert told in refused.stderr
+
+
+def test_names_come_from_standard_input(app: App) -> None:
+    names = app.folder / "companies.txt"
+    names.write_bytes("\ufeff# customers\nAcme\r\n\n  Globex  \nacme\n".encode())
+    batch = app.run("-", patches={"stdin": str(names)})
+    assert batch.wait() == 0, batch.stderr
+    assert list(table(batch)) == ["Acme", "Globex"]
+
+
+def test_no_more_runs_execute_at_once_than_concurrency_allows(app: App) -> None:
+    batch = app.start(*NAMES, "Umbrella", "--concurrency", "2", WAIT_AT="inside 2")
+    batch.until_prints("0 done, 2 running, 2 waiting, 0 failed")
+    app.until("waiting inside 2")
+    assert app.statuses() == {"PENDING": 2, "ENQUEUED": 2}
+    app.open_gate()
+    assert batch.wait() == 0
+
+
+def test_a_worker_executes_what_is_queued_and_finishes_it_on_sigterm(app: App) -> None:
+    enqueue(app, *NAMES)
+    assert app.statuses() == {"ENQUEUED": 3}
+    worker = app.start("--worker", "w1", "--concurrency", "1", WAIT_AT="after effect 3")
+    app.until("waiting after effect 3")
+    worker.signal(signal.SIGTERM)
+    worker.until_prints("Asked to stop")
+    app.open_gate()
+    assert worker.wait() == 0, worker.stderr
+    assert worker.stderr == ""
+    assert app.statuses() == {"SUCCESS": 1, "ENQUEUED": 2}
+    assert "Worker w1 serves the queue research:offline." in worker.stdout
+    assert "step 1: asks the model offline\n" in worker.stdout
+    assert "  research-" in worker.stdout, "each line names its run"
+
+
+def test_a_worker_that_cannot_finish_in_time_stops_and_goes_on_when_it_is_started_again(
+    app: App,
+) -> None:
+    enqueue(app, "Acme", "Globex")
+    worker = app.start("--worker", "w1", WAIT_AT="after effect 3", patches={"grace": 1})
+    wait_for(lambda: len(app.ledger("effect financials")) == 2, "two calls")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    assert worker.stderr == ""
+    assert app.statuses() == {"PENDING": 2}
+    again = app.start("--worker", "w1")
+    wait_for(lambda: app.statuses() == {"SUCCESS": 2}, "both runs to finish")
+    again.signal(signal.SIGTERM)
+    assert again.wait() == 0
+    assert len(app.ledger("effect overview")) == 2
+    assert app.repeated() == []
+
+
+def test_a_worker_that_is_killed_finishes_what_it_had_begun_under_its_name(app: App) -> None:
+    enqueue(app, *NAMES)
+    killed = app.start("--worker", "w1", WAIT_AT="after effect 3")
+    wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    app.start("--worker", "w2").until_prints("Worker w2 serves")
+    assert app.statuses() == {"PENDING": 3}, "another worker does not touch them"
+    app.start("--worker", "w1")
+    wait_for(lambda: app.statuses() == {"SUCCESS": 3}, "all to finish")
+    assert len(app.ledger("effect overview")) == 3
+    assert app.repeated() == []
+
+
+def test_two_live_workers_never_share_a_name(app: App) -> None:
+    first = app.start("--worker", "w1").until_prints("Worker w1 serves")
+    second = app.run("--worker", "w1")
+    assert second.wait() == 2
+    assert second.stderr == "error: a worker named w1 is alive: choose another name.\n"
+    first.signal(signal.SIGKILL)
+    first.wait()
+    app.start("--worker", "w1").until_prints("Worker w1 serves")
+
+
+def test_a_live_batch_takes_over_from_a_worker_that_is_gone(app: App) -> None:
+    enqueue(app, *NAMES)
+    worker = app.start("--worker", "w1", WAIT_AT="after effect 3")
+    wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
+    batch = app.start(*NAMES).until_prints("0 done, 3 running")
+    assert len(app.ledger("effect")) == 9, "the worker is alive, so its runs are left to it"
+    worker.signal(signal.SIGKILL)
+    assert batch.wait() == 0
+    assert len(app.ledger("effect overview")) == 3
+    assert app.repeated() == []
+
+
+def test_a_single_command_takes_a_queued_run_out_of_the_queue(app: App) -> None:
+    enqueue(app, *NAMES)
+    alone = app.run("Globex")
+    assert alone.wait() == 0, alone.stderr
+    assert "interrupted, resumes after 0 finished steps" in alone.stdout.replace("\n", " ")
+    assert app.statuses() == {"ENQUEUED": 2, "SUCCESS": 1}
+
+
+def test_a_single_command_waits_for_a_live_worker_and_prints_the_report(app: App) -> None:
+    enqueue(app, *NAMES)
+    worker = app.start("--worker", "w1", WAIT_AT="after effect 3")
+    wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
+    alone = app.start("Globex").until_prints("executes nothing")
+    assert "being executed by w1." in alone.stdout.replace("\n", " ")
+    app.open_gate()
+    assert alone.wait() == 0
+    assert "company_name            Globex" in alone.stdout
+    assert len(app.ledger("effect")) == 12
+    assert "step" in worker.stdout
+
+
+def test_a_batch_waits_for_a_run_that_a_single_command_executes(app: App) -> None:
+    alone = app.start("Acme", WAIT_AT="after effect 3")
+    app.until("waiting after effect 3")
+    batch = app.start(*NAMES).until_prints("2 done, 1 running")
+    app.open_gate()
+    assert batch.wait() == 0
+    assert alone.wait() == 0
+    assert len(app.ledger("effect")) == 12
+
+
+def test_a_run_of_another_version_is_refused_and_stops_nobody(app: App) -> None:
+    app.run("Acme", KILL_AT="before commit 3", patches={"version": "old"})
+    batch = app.run(*NAMES)
+    assert batch.wait() == 1
+    assert [row[0] for row in table(batch).values()] == ["REFUSED", "SUCCESS", "SUCCESS"]
+    assert "belongs to version old" in batch.stdout.replace("\n", " ")
+
+
+def test_two_batches_of_the_same_names_execute_each_run_once(app: App) -> None:
+    both = [app.start(*NAMES), app.start(*reversed(NAMES))]
+    assert [batch.wait() for batch in both] == [0, 0], [batch.stderr for batch in both]
+    assert len(app.ledger("effect")) == 12
+
+
+def test_a_hundred_runs_finish_though_their_workers_are_killed_at_random(app: App) -> None:
+    dice = random.Random(f"{CRASH_SEED} workers")
+    names = [f"Company {number}" for number in range(100)]
+    environment = {"DEMO_LATENCY": "0.02"}
+    batch = app.start(*names, **environment)
+    app.until("done insert Company 99")
+    app.until_effects(10)
+    batch.signal(signal.SIGKILL)
+    workers = {name: app.start("--worker", name, **environment) for name in ("w1", "w2", "w3")}
+    kills = 1
+    for share in range(1, 8):
+        app.until_effects(share * 40)
+        name = dice.choice(list(workers))
+        workers[name].signal(signal.SIGKILL)
+        assert workers[name].wait() == -signal.SIGKILL
+        workers[name] = app.start("--worker", name, **environment)
+        kills += 1
+    last = app.run(*names)
+    assert last.wait() == 0, last.stdout
+    assert app.statuses() == {"SUCCESS": 100}
+    assert app.repeated() == []
+    # The only repetition is of steps in flight: at most ten runs' in each process killed.
+    assert len(app.ledger("effect")) <= 400 + kills * 10
+
+
+def test_the_list_has_a_limit_and_says_how_to_see_more(app: App) -> None:
+    app.run(*NAMES)
+    listed = app.run("--list", "2").stdout.splitlines()
+    assert len(listed) == 5
+    assert listed[-1] == "These are the 2 newest; --list 20 shows more."
+    assert len(app.run("--list", "3").stdout.splitlines()) == 6
