@@ -289,20 +289,21 @@ def launch(
         # Without this, DBOS executes runs of every queue, and other processes execute ours.
         DBOS.listen_queues([queue or executor_id])
         logging.getLogger("dbos").addHandler(DatabaseAlarm())
-        DBOS.migrate(url)  # creates the database, in which Postgres keeps the lock
-        with recovery_lock(settings):
-            lock = try_lock(settings, executor_id)
-        if lock is None:
-            raise ResearchError(f"a worker named {executor_id} is alive: choose another name.")
-        if queue is not None:
-            # By a client, before launch: after it, the first runs would be taken by the old limit.
+        if queue is None:
+            DBOS.launch()
+            lock = hold_name(settings, executor_id)
+        else:
+            # DBOS takes the first runs as soon as it is launched, so first of all: that the
+            # database exists, that no live process has this name, and how many runs to take.
+            DBOS.migrate(url)
+            lock = hold_name(settings, executor_id)
             DBOSClient(system_database_url=url, application_name=APP_NAME).register_queue(
                 queue,
                 worker_concurrency=concurrency or 10,
                 polling_interval_sec=0.1,
                 on_conflict="always_update" if concurrency else "never_update",
             )
-        DBOS.launch()
+            DBOS.launch()
     except (*DATABASE_ERRORS, OSError, ValueError, TypeError) as error:
         raise database_error(settings, error) from error
     return Executor(settings, workflow, queue or executor_id, lock)
@@ -527,6 +528,15 @@ def is_alive(settings: Settings, executor_id: str) -> bool:
         return False
 
 
+def hold_name(settings: Settings, executor_id: str) -> AbstractContextManager[Any]:
+    """Return the lock by which other processes see that this one is alive."""
+    with recovery_lock(settings):
+        lock = try_lock(settings, executor_id)
+    if lock is None:
+        raise ResearchError(f"a worker named {executor_id} is alive: choose another name.")
+    return lock
+
+
 @contextmanager
 def recovery_lock(settings: Settings) -> Iterator[None]:
     """Let one process at a time look which processes have died, and resume their runs."""
@@ -640,7 +650,9 @@ async def stored_runs(run_ids: list[str]) -> AsyncIterator[WorkflowStatus]:
 
 def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
     """Enqueue these runs in one transaction: all of them, or after an error none."""
-    engine = sqlalchemy.create_engine(executor.settings.database_url)
+    url = executor.settings.database_url
+    patience = {"timeout": 30} if url.drivername == "sqlite" else {}  # other processes write too
+    engine = sqlalchemy.create_engine(url, connect_args=patience)
     client = DBOSClient(system_database_engine=engine, application_name=APP_NAME)
     # Without the lock, two processes that insert the same runs could wait for each other for ever.
     with recovery_lock(executor.settings), engine.begin() as transaction:

@@ -32,18 +32,11 @@ def test_each_of_several_names_is_the_run_it_would_be_alone(app: App) -> None:
     assert "3 done, 0 running, 0 waiting, 0 failed; last: " in batch.stdout
     assert "  step " not in batch.stdout
     assert max(len(line) for line in batch.stdout.splitlines()) <= 80
-    alone = app.run("Initech")
-    assert "finished earlier" in alone.stdout
-    assert len(app.ledger("effect")) == 4 * 3
-
-
-def test_a_batch_that_has_finished_is_replayed_without_any_request_or_call(app: App) -> None:
-    app.run(*NAMES)
-    before = app.ledger("effect")
+    assert "finished earlier" in app.run("Initech").stdout
     again = app.run(*NAMES)
     assert again.wait() == 0
-    assert len(table(again)) == 3
-    assert app.ledger("effect") == before
+    assert table(again) == table(batch)
+    assert len(app.ledger("effect")) == 4 * 3, "all were replayed"
 
 
 def test_one_failure_stops_nobody_and_is_told_with_its_cure(app: App) -> None:
@@ -66,7 +59,7 @@ def test_failed_runs_go_on_from_their_failed_step(app: App) -> None:
     assert app.repeated() == []
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_batch_goes_on(app: App, signal_number: signal.Signals) -> None:
     killed = app.start(*NAMES, WAIT_AT="after effect 3")
     wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
@@ -235,29 +228,29 @@ def test_two_batches_of_the_same_names_execute_each_run_once(app: App) -> None:
     assert len(app.ledger("effect")) == 12
 
 
-def test_a_hundred_runs_finish_though_their_workers_are_killed_at_random(app: App) -> None:
+def test_many_runs_finish_though_their_workers_are_killed_at_random(app: App) -> None:
+    """A hundred on PostgreSQL; on SQLite, where processes take turns to write, fewer."""
+    many, kills = (30, 2) if app.database_url.startswith("sqlite") else (100, 5)
     dice = random.Random(f"{CRASH_SEED} workers")
-    names = [f"Company {number}" for number in range(100)]
+    names = [f"Company {number}" for number in range(many)]
     environment = {"DEMO_LATENCY": "0.02"}
     batch = app.start(*names, **environment)
-    app.until("done insert Company 99")
-    app.until_effects(10)
+    app.until_effects(4)
     batch.signal(signal.SIGKILL)
+    assert batch.wait() == -signal.SIGKILL
     workers = {name: app.start("--worker", name, **environment) for name in ("w1", "w2", "w3")}
-    kills = 1
-    for share in range(1, 8):
-        app.until_effects(share * 40)
+    for kill in range(1, kills + 1):
+        app.until_effects(kill * 2 * many // kills)
         name = dice.choice(list(workers))
         workers[name].signal(signal.SIGKILL)
         assert workers[name].wait() == -signal.SIGKILL
         workers[name] = app.start("--worker", name, **environment)
-        kills += 1
     last = app.run(*names)
     assert last.wait() == 0, last.stdout
-    assert app.statuses() == {"SUCCESS": 100}
+    assert app.statuses() == {"SUCCESS": many}
     assert app.repeated() == []
-    # The only repetition is of steps in flight: at most ten runs' in each process killed.
-    assert len(app.ledger("effect")) <= 400 + kills * 10
+    # Only steps in flight are repeated: at most those of the ten runs in each killed process.
+    assert len(app.ledger("effect")) <= 4 * many + 10 * (kills + 1)
 
 
 def test_the_list_has_a_limit_and_says_how_to_see_more(app: App) -> None:
