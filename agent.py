@@ -266,6 +266,8 @@ def launch(
         ResearchError: The model or the database cannot be used, or a live process has this name.
     """
     tools.service.failure_rate, tools.service.latency = settings.failure_rate, settings.latency
+    if settings.tracing:
+        trace_to_logfire()
     # All workflows and steps must exist before DBOS is launched.
     workflow = build_workflow(build_model(settings.model))
     # At launch, DBOS resumes every unfinished run that carries this process's executor ID. By
@@ -307,6 +309,20 @@ def launch(
     except (*DATABASE_ERRORS, OSError, ValueError, TypeError) as error:
         raise database_error(settings, error) from error
     return Executor(settings, workflow, queue or executor_id, lock)
+
+
+def trace_to_logfire() -> None:
+    """Send Pydantic AI's spans to Logfire; raise `ResearchError` if it is not installed."""
+    try:
+        import logfire
+    except ImportError:
+        raise ResearchError(
+            "LOGFIRE_TOKEN is set, but not installed: uv sync --extra logfire"
+        ) from None
+    # DBOS can trace the same workflows and steps, which would double the spans. It does so only if
+    # its config has `enable_otlp`, so leave that out.
+    logfire.configure(service_name=APP_NAME, console=False)
+    logfire.instrument_pydantic_ai()
 
 
 class DatabaseAlarm(logging.Handler):

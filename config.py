@@ -119,6 +119,8 @@ class Settings:
     """Chance, 0 to 1, that one attempt of the flaky tool fails."""
     latency: float
     """Seconds, 0 to 10, that a simulated call takes."""
+    tracing: bool = False
+    """Whether traces go to Logfire, whose client reads the token by itself."""
 
     def request(self, company: str, bucket: str = "") -> ResearchRequest:
         """Ask for a report on a company; raise `ResearchError` for a name that is unfit."""
@@ -208,6 +210,7 @@ def load_settings() -> Settings:
         user_id=clean_text("USER_ID", _read("USER_ID") or "local"),
         failure_rate=_number("DEMO_FAILURE_RATE", "0.7", highest=1),
         latency=_number("DEMO_LATENCY", "1.0", highest=10),
+        tracing=bool(_read("LOGFIRE_TOKEN")),
     )
 
 

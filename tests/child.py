@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,26 @@ def hasten_retries() -> None:
     dbos._core.invoke_step = invoke_soon
 
 
+def listen_to_traces() -> None:
+    """Note each span, and send none."""
+    import logfire
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+
+    class Noted(SpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            for span in spans:
+                note(f"span {span.name}")
+            return SpanExportResult.SUCCESS
+
+    configure = logfire.configure
+    vars(logfire)["configure"] = lambda **settings: configure(
+        **settings,
+        send_to_logfire=False,
+        additional_span_processors=[SimpleSpanProcessor(Noted())],
+    )
+
+
 def main(
     arguments: list[str], environment: dict[str, str], output: str, patches: dict[str, Any]
 ) -> None:
@@ -203,5 +223,7 @@ def main(
     listen_to_statements()
     hasten_queues()
     hasten_retries()
+    if "LOGFIRE_TOKEN" in environment:
+        listen_to_traces()
     sys.argv = ["agent.py", *arguments]
     sys.exit(agent.main())

@@ -263,3 +263,17 @@ def test_an_sqlite_database_is_a_file_that_plain_sql_can_read(
         [(count,)] = connection.execute("SELECT count(*) FROM operation_outputs")
     connection.close()
     assert count == 4
+
+
+def test_each_step_of_a_traced_run_has_one_span(app: App) -> None:
+    """DBOS's own tracing, if it were on as well, would double them."""
+    run = app.run("Acme", LOGFIRE_TOKEN="any")
+    assert run.wait() == 0
+    assert run.stderr == ""
+    assert app.ledger("span") == [
+        "span chat offline",
+        "span execute_tool fetch_company_overview",
+        "span execute_tool fetch_financial_metrics",
+        "span chat offline",
+        "span invoke_agent research_agent",
+    ]
