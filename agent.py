@@ -317,7 +317,7 @@ def trace_to_logfire() -> None:
         import logfire
     except ImportError:
         raise ResearchError(
-            "LOGFIRE_TOKEN is set, but not installed: uv sync --extra logfire"
+            "LOGFIRE_TOKEN is set, but Logfire is not installed: uv sync --extra logfire"
         ) from None
     # DBOS can trace the same workflows and steps, which would double the spans. It does so only if
     # its config has `enable_otlp`, so leave that out.
@@ -381,10 +381,8 @@ async def research(
         if state != told:
             where = f"Model: {request.model}. Database: {executor.settings.database_label}."
             print_line(wrap(f"Run {run_id}: {state}. {where}"))
-            if request.model == "offline":
-                print_line(
-                    "(A script stands in for the model. To use a real one, see .env.example.)"
-                )
+        if not told and request.model == "offline":
+            print_line("(A script stands in for the model. To use a real one, see .env.example.)")
         told = state
 
     try:

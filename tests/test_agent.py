@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy import URL
 import agent
 import tools
 from agent import Executor, RunFailed, find_failure, research
-from config import Settings, derive_run_id
+from config import ResearchError, Settings, derive_run_id
 from tools import ResearchReport, SimulatedService
 
 Script = Callable[[list[ai.ModelMessage], AgentInfo], AsyncIterator[DeltaToolCalls]]
@@ -38,18 +39,18 @@ class Scripted:
             yield delta
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     path = tmp_path_factory.mktemp("agent") / "research.sqlite"
     return Settings("scripted", URL.create("sqlite", database=str(path)), "t", "u", 0, 0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scripted() -> Scripted:
     return Scripted()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def durable(settings: Settings, scripted: Scripted) -> Iterator[Executor]:
     """The launched agent. DBOS allows one of a name in a process."""
     with pytest.MonkeyPatch.context() as patch:
@@ -210,3 +211,11 @@ async def test_the_failed_step_is_the_first_with_an_error_that_the_model_did_not
     stored.error = gave_up = UnexpectedModelBehavior("nonsense")
     assert find_failure(stored, mended) == (3, gave_up), "the model is asked again"
     assert find_failure(stored, []) == (1, gave_up)
+
+
+def test_a_token_without_logfire_is_an_error_that_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "logfire", None)
+    with pytest.raises(ResearchError, match="uv sync --extra logfire"):
+        agent.trace_to_logfire()

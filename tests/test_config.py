@@ -1,5 +1,6 @@
 """Settings, requests and run IDs."""
 
+import io
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import config
 from config import ResearchError, ResearchRequest, clean_text, derive_run_id, load_settings
 
 KEYS = {
+    "LOGFIRE_TOKEN",
     "MODEL",
     "OPENROUTER_API_KEY",
     "OPENAI_API_KEY",
@@ -77,7 +79,7 @@ def test_the_example_holds_exactly_the_keys_that_are_read() -> None:
     example = (Path(config.__file__).parent / ".env.example").read_text()
     assert set(re.findall(r"^(\w+)=", example, re.MULTILINE)) == KEYS
     source = Path(config.__file__).read_text()
-    assert set(re.findall(r'"([A-Z_]+(?:KEY|URL|ID|RATE|LATENCY)|MODEL)"', source)) == KEYS
+    assert set(re.findall(r'"([A-Z_]+(?:KEY|URL|ID|RATE|LATENCY|TOKEN)|MODEL)"', source)) == KEYS
 
 
 def test_the_example_as_it_stands_changes_nothing(tmp_path: Path) -> None:
@@ -266,3 +268,35 @@ def test_unfit_text_is_refused(text: str, told: str) -> None:
 def test_fit_text_loses_its_stray_spaces_only() -> None:
     assert clean_text("it", "  Nestlé   S.A. ") == "Nestlé S.A."
     assert clean_text("it", "ab\u200cc") == "ab\u200cc"
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "there is no company on standard input"),
+        (b"# none\n\n", "there is no company on standard input"),
+        (b"Acme\nGlobex\n\xff\n", "line 3 is not UTF-8 text"),
+        (
+            b"Acme\n\n" + b"x" * 101,
+            "line 3: the company's name has 101 characters: give it 1 to 100",
+        ),
+        (b"Acme\nbe\x07ll", "line 2: the company's name contains the control character U\\+0007"),
+    ],
+)
+def test_standard_input_that_is_unfit_is_an_error_that_names_the_line(
+    monkeypatch: pytest.MonkeyPatch, data: bytes, told: str
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    with pytest.raises(ResearchError, match=told):
+        load_settings().requests(["-"])
+
+
+def test_doubled_names_blank_lines_and_comments_are_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = "\ufeffAcme\r\n\n  # a comment\n aCME \nGlobex"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    settings = load_settings()
+    requests = settings.requests(["-"], "Q4")
+    assert [request.company for request in requests.values()] == ["Acme", "Globex"]
+    assert next(iter(requests)) == derive_run_id(settings.request("Acme", "Q4"))

@@ -1,15 +1,26 @@
 """What the README says is run here, and compared."""
 
+import json
 import os
 import re
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
-from conftest import PROJECT, App
+from conftest import PROJECT, App, wait_for
 
 README = (PROJECT / "README.md").read_text()
+ENVIRONMENT = {
+    "PATH": os.environ["PATH"],
+    "COLUMNS": "80",
+    "DEMO_LATENCY": "0.1",
+    "DEMO_FAILURE_RATE": "0",  # at its default, one run in 35 uses up its attempts
+}
 MODULES = ("agent.py", "tools.py", "config.py")
 
 
@@ -30,13 +41,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={
-            "PATH": os.environ["PATH"],
-            "COLUMNS": "80",
-            "DEMO_LATENCY": "0.1",
-            "DEMO_FAILURE_RATE": "0",  # at its default, one run in 35 uses up its attempts
-            **environment,
-        },
+        env={**ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -44,13 +49,38 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
     )
 
 
-def masked(text: str) -> list[str]:
-    """Leave out what differs from run to run: attempts that failed, and seconds."""
-    return [
-        re.sub(r"(ran|restored) +(\d+)? +\d+\.\d|seconds \d+\.\d$", r"\1 #", line.rstrip())
+def masked(text: str) -> str:
+    """Leave out what differs from run to run: attempts that failed, progress, names, seconds."""
+    lines = [
+        re.sub(r"(ran|restored|SUCCESS) +(\d+ +)?\d+\.\d( +\d$)?|seconds \d+\.\d$", r"\1 #", line)
         for line in text.splitlines()
-        if "failed with" not in line and "(attempt" not in line
+        if not re.search(r"failed with|\(attempt|^\d+ done, ", line)
     ]
+    lines = [re.sub(r"times, last .*", "times, last ERROR", line) for line in lines]
+    # Joined, because a name of another length folds a paragraph at another place.
+    return re.sub(r"[^\s:]+:\d+:[0-9a-f]{8}", "EXECUTOR", " ".join(" ".join(lines).split()))
+
+
+def interrupted(folder: Path, arguments: list[str], last_line: str) -> str:
+    """Run a command, press Ctrl-C after this line, and return what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", *arguments],
+        cwd=folder,
+        env={**ENVIRONMENT, "DEMO_LATENCY": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    printed = ""
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed += line
+            if line.strip() == last_line.strip():
+                process.send_signal(signal.SIGINT)
+                printed += "^C"
+    assert process.returncode == 130, printed
+    return printed
 
 
 def test_each_command_prints_what_the_readme_shows(tmp_path: Path) -> None:
@@ -63,26 +93,84 @@ def test_each_command_prints_what_the_readme_shows(tmp_path: Path) -> None:
         if command.startswith("python -c "):
             arguments = ["-c", command.removeprefix('python -c "').removesuffix('"')]
         else:
-            assert command.startswith("uv run agent.py")
-            arguments = [word.strip('"') for word in command.split()[2:]]
-        printed = run(folder, *arguments).stdout
+            arguments = shlex.split(command.partition("uv run ")[2], comments=True)
+        if "^C" in shown:
+            printed = interrupted(folder, arguments, shown.split("\n^C")[0].splitlines()[-1])
+        elif "in the second terminal" in command:
+            first = subprocess.Popen(
+                [sys.executable, "-u", *arguments],
+                cwd=folder,
+                env={**ENVIRONMENT, "DEMO_LATENCY": "1"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            with first:
+                assert first.stdout is not None
+                first.stdout.readline()
+                printed = run(folder, *arguments).stdout.partition("\ncompany_name")[0]
+                assert "4  model request              ran" in first.stdout.read()
+        elif command.startswith("DEMO_FAILURE_RATE=1 "):  # its ten attempts take a minute
+            app = App(folder, f"sqlite:///{folder / 'research.sqlite'}")
+            failed = app.run(*arguments[1:], DEMO_FAILURE_RATE="1")
+            printed = failed.stdout + failed.stderr
+        else:
+            printed = run(folder, *arguments).stdout
         assert masked(printed) == masked(shown), command
         compared += 1
-    assert compared == 4
+    assert compared == 11
 
 
-def test_the_python_example_runs(tmp_path: Path) -> None:
+def test_the_web_service_runs_and_finds_its_runs_again_after_it_was_killed(tmp_path: Path) -> None:
     [example] = blocks("python")
     (copy_app(tmp_path) / "service.py").write_text(example)
-    result = run(tmp_path, "service.py")
-    assert result.returncode == 0, result.stdout
-    assert "Acme works in" in result.stdout.splitlines()[-1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    reports = []
+    for _ in range(2):
+        log = (tmp_path / "log").open("w")
+        with (
+            log,
+            subprocess.Popen(
+                [sys.executable, "-m", "uvicorn", "service:app", "--port", port],
+                cwd=tmp_path,
+                env=ENVIRONMENT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            ) as server,
+        ):
+            wait_for(lambda: "running on" in (tmp_path / "log").read_text(), "the server")
+            url = f"http://127.0.0.1:{port}/research/Acme"
+            with urllib.request.urlopen(urllib.request.Request(url, method="POST")) as response:
+                reports.append(json.load(response))
+            server.kill()
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    assert reports[0] == reports[1]
+    assert reports[0]["company_name"] == "Acme"
+    app = App(tmp_path, f"sqlite:///{tmp_path / 'research.sqlite'}")
+    assert app.rows("SELECT count(*) FROM operation_outputs") == [(4,)]
+
+
+def test_the_files_have_as_many_lines_as_the_readme_says() -> None:
+    for name in MODULES:
+        lines = len((PROJECT / name).read_text().splitlines())
+        assert f"| [`{name}`]({name}) | {lines} |" in README
+
+
+def test_every_message_in_the_table_of_troubles_is_in_the_code() -> None:
+    code = " ".join("".join((PROJECT / name).read_text() for name in MODULES).split())
+    code = re.sub(r'" f?"', "", code)
+    table = README[README.index("## Troubleshooting") : README.index("`--verbose` shows")]
+    messages = [m for row in table.splitlines()[4:-1] for m in re.findall(r"`([^`]+)`", row[:60])]
+    assert len(messages) >= 12
+    for message in messages:
+        assert message in code, message
 
 
 def test_every_name_in_the_table_of_traps_is_in_the_code() -> None:
     code = "".join((PROJECT / name).read_text() for name in MODULES)
     traps = README[README.index("## The traps") : README.index("## Make it yours")]
-    names = [name for row in traps.splitlines()[4:-1] for name in re.findall(r"`([^`]+)`", row)]
+    rows = [row.split(" | ")[:3] for row in traps.splitlines()[4:-1]]
+    names = [name for row in rows for cell in row for name in re.findall(r"`([^`]+)`", cell)]
     for name in names:
         if name.endswith("()") or name.isidentifier():
             assert name.removesuffix("()") in code + "deps local", name
@@ -124,5 +212,5 @@ def test_every_link_to_a_file_or_a_heading_resolves() -> None:
     for link in links:
         if link.startswith("#"):
             assert link[1:] in headings
-        elif not link.startswith("https://"):
+        elif link.partition("#")[0] and not link.startswith(("https://", "../../actions/")):
             assert (PROJECT / link).exists(), link
