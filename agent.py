@@ -112,6 +112,7 @@ WORKFLOW_NAME = f"{AGENT_NAME}.run"  # by DBOSAgent
 GRACE = 8  # seconds; a container platform kills ten seconds after SIGTERM, or later
 USAGE_LIMITS = UsageLimits(request_limit=12)  # a model that loops costs money
 Workflow = Callable[..., Coroutine[Any, Any, AgentRunResult[tools.ResearchReport]]]
+Handle = WorkflowHandleAsync[AgentRunResult[tools.ResearchReport]]
 
 
 class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
@@ -350,7 +351,6 @@ class ResearchRun:
 
     run_id: str
     report: tools.ResearchReport
-    steps: list[StepInfo]
     attempts: dict[int | None, int]
     """Step ID to attempts in this process. Steps that are missing here were restored."""
 
@@ -386,12 +386,13 @@ async def research(
         told = state
 
     try:
-        handle = None
+        handle = await start(executor, request, run_id)
+        if handle is not None:
+            tell("new")
         while handle is None:
             handle = await move_on(executor, request, run_id, tell)
         result = await handle.get_result(polling_interval_sec=0.1)
-        steps = await DBOS.list_workflow_steps_async(run_id)
-        return ResearchRun(run_id, result.output, steps, tools.attempts.pop(run_id, {}))
+        return ResearchRun(run_id, result.output, tools.attempts.pop(run_id, {}))
     except ResearchError:
         raise
     except DATABASE_ERRORS as error:
@@ -405,20 +406,28 @@ async def research(
         tools.attempts.pop(run_id, None)
 
 
-async def move_on(
-    executor: Executor, request: ResearchRequest, run_id: str, tell: Callable[[str], None]
-) -> WorkflowHandleAsync[AgentRunResult[tools.ResearchReport]] | None:
-    """Start, resume or replay the run; return None if another live process executes it."""
-    stored = await DBOS.get_workflow_status_async(run_id)
-    if stored is None:
-        tell("new")
-        with SetWorkflowID(run_id), SetWorkflowAttributes(request.attributes):
-            handle = await DBOS.start_workflow_async(
+async def start(executor: Executor, request: ResearchRequest, run_id: str) -> Handle | None:
+    """Start the run, unless it is stored already."""
+    try:
+        # Of two processes only one can store a new run: DBOS rejects an ID that is in use.
+        with (
+            SetWorkflowID(run_id, workflow_id_reuse_policy="reject"),
+            SetWorkflowAttributes(request.attributes),
+        ):
+            return await DBOS.start_workflow_async(
                 executor.workflow, request.prompt, deps=None, usage_limits=USAGE_LIMITS
             )
-        # If another process has stored the run in the meantime, DBOS has started nothing.
-        stored = await DBOS.get_workflow_status_async(run_id)
-        return handle if stored and stored.executor_id == DBOS.executor_id else None
+    except dbos_error.DBOSWorkflowIDInUseError:
+        return None
+
+
+async def move_on(
+    executor: Executor, request: ResearchRequest, run_id: str, tell: Callable[[str], None]
+) -> Handle | None:
+    """Resume or replay a stored run; return None while another live process executes it."""
+    stored = await DBOS.get_workflow_status_async(run_id)
+    if stored is None:
+        return None
     if stored.status == "SUCCESS":
         refuse_if_unfit(stored, await DBOS.list_workflow_steps_async(run_id), request)
         tell("finished earlier, so its stored report is replayed")
@@ -624,7 +633,7 @@ async def research_many(
     await asyncio.to_thread(enqueue, executor, new)
     outcomes: dict[str, Outcome] = {}
     first_look, shown, last = True, "", ""
-    while len(outcomes) < len(requests):
+    while True:
         began = time.monotonic()
         live: set[str | None] = {executor.queue, DBOS.executor_id}
         running = 0
@@ -645,12 +654,11 @@ async def research_many(
         line += f"{len(requests) - len(outcomes) - running} waiting, {failed} failed{last}"
         if line != shown:
             show(line)
+        if len(outcomes) == len(requests):
+            return outcomes
         first_look, shown = False, line
-        if len(outcomes) < len(
-            requests
-        ):  # however many they are, looking takes a tenth of the time
-            await asyncio.sleep(max(0.5, 10 * (time.monotonic() - began)))
-    return outcomes
+        # However many they are, looking at them takes no more than a tenth of the time.
+        await asyncio.sleep(max(0.5, 10 * (time.monotonic() - began)))
 
 
 async def stored_runs(run_ids: list[str]) -> AsyncIterator[WorkflowStatus]:
@@ -716,7 +724,7 @@ def print_run(run: ResearchRun) -> None:
         f"\n{'step':<31}{'this time':<11}{'attempts':>8}{'seconds':>9}{'tokens':>8}{'US$':>10}"
     )
     requests, tokens, seconds = 0, 0, 0.0
-    for step in run.steps:
+    for step in DBOS.list_workflow_steps(run.run_id):
         number = step["function_id"]
         took = ((step["completed_at_epoch_ms"] or 0) - (step["started_at_epoch_ms"] or 0)) / 1000
         answer = step["output"] if isinstance(step["output"], ai.ModelResponse) else None

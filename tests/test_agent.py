@@ -128,7 +128,8 @@ async def test_a_tool_call_that_the_model_can_mend_goes_back_to_it_without_a_ret
     run = await research(durable, settings.request("Misspelt"))
     assert run.report.company_name == "Misspelt"
     assert run.attempts[2] == 1
-    assert isinstance(run.steps[1]["error"], ModelRetry)
+    steps = await DBOS.list_workflow_steps_async(run.run_id)
+    assert isinstance(steps[1]["error"], ModelRetry)
 
 
 async def test_a_permanent_failure_is_not_retried_and_the_next_call_goes_on_from_it(
