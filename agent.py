@@ -663,9 +663,9 @@ async def research_many(
 
 async def stored_runs(run_ids: list[str]) -> AsyncIterator[WorkflowStatus]:
     """Read what is stored of these runs, some at a time and without their inputs and results."""
-    for start in range(0, len(run_ids), 1000):
+    for start in range(0, len(run_ids), 200):
         for stored in await DBOS.list_workflows_async(
-            workflow_ids=run_ids[start : start + 1000], load_input=False, load_output=False
+            workflow_ids=run_ids[start : start + 200], load_input=False, load_output=False
         ):
             yield stored
 

@@ -230,11 +230,11 @@ def test_two_batches_of_the_same_names_execute_each_run_once(app: App) -> None:
 
 def test_many_runs_finish_though_their_workers_are_killed_at_random(app: App) -> None:
     """A hundred on PostgreSQL; on SQLite, where processes take turns to write, fewer."""
-    many, kills = (30, 2) if app.database_url.startswith("sqlite") else (100, 5)
+    many, kills = (20, 2) if app.database_url.startswith("sqlite") else (100, 4)
     dice = random.Random(f"{CRASH_SEED} workers")
     names = [f"Company {number}" for number in range(many)]
     environment = {"DEMO_LATENCY": "0.02"}
-    batch = app.start(*names, **environment)
+    batch = app.start(*names, "--concurrency", "5", **environment)
     app.until_effects(4)
     batch.signal(signal.SIGKILL)
     assert batch.wait() == -signal.SIGKILL
@@ -249,8 +249,8 @@ def test_many_runs_finish_though_their_workers_are_killed_at_random(app: App) ->
     assert last.wait() == 0, last.stdout
     assert app.statuses() == {"SUCCESS": many}
     assert app.repeated() == []
-    # Only steps in flight are repeated: at most those of the ten runs in each killed process.
-    assert len(app.ledger("effect")) <= 4 * many + 10 * (kills + 1)
+    # Only steps in flight are repeated: at most those of the five runs in each killed process.
+    assert len(app.ledger("effect")) <= 4 * many + 5 * (kills + 1)
 
 
 def test_the_list_has_a_limit_and_says_how_to_see_more(app: App) -> None:
