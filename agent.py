@@ -28,6 +28,7 @@ import io
 import json
 import logging
 import shlex
+import shutil
 import socket
 import sqlite3
 import sys
@@ -45,7 +46,7 @@ from collections.abc import (
     Coroutine,
     Iterator,
 )
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -109,6 +110,7 @@ MODEL_STEP: dict[str, Any] = {
 
 DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, dbos_error.DBOSInitializationError)
 WORKFLOW_NAME = f"{AGENT_NAME}.run"  # by DBOSAgent
+RELOCK = 5  # seconds; in which a process takes its lock again after Postgres was restarted
 GRACE = 8  # seconds; a container platform kills ten seconds after SIGTERM, or later
 USAGE_LIMITS = UsageLimits(request_limit=12)  # a model that loops costs money
 Workflow = Callable[..., Coroutine[Any, Any, AgentRunResult[tools.ResearchReport]]]
@@ -260,12 +262,15 @@ def launch(
         queue: The queue to take runs from. By default it is one that no other process takes from.
         concurrency: The number of runs from the queue that each process may execute at once. DBOS
             stores it with the queue. None leaves it as it is, which is 10 at first.
-        name: The DBOS executor ID, under which a worker that is started again resumes its runs.
+        name: The DBOS executor ID, under which a worker that is started again resumes its runs. It
+            needs a queue: other processes would take part in resuming runs that have none.
         verbose: Whether DBOS writes its own log to stderr.
 
     Raises:
         ResearchError: The model or the database cannot be used, or a live process has this name.
     """
+    if name is not None and queue is None:
+        raise ValueError("a name needs a queue")
     tools.service.failure_rate, tools.service.latency = settings.failure_rate, settings.latency
     if settings.tracing:
         trace_to_logfire()
@@ -291,7 +296,8 @@ def launch(
         )
         # Without this, DBOS executes runs of every queue, and other processes execute ours.
         DBOS.listen_queues([queue or executor_id])
-        logging.getLogger("dbos").addHandler(DatabaseAlarm())
+        logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # what it ignores, at Ctrl-C
+        logging.getLogger("dbos").addHandler(DatabaseAlarm(settings))
         if queue is None:
             DBOS.launch()
             lock = hold_name(settings, executor_id)
@@ -300,12 +306,14 @@ def launch(
             # database exists, that no live process has this name, and how many runs to take.
             DBOS.migrate(url)
             lock = hold_name(settings, executor_id)
-            DBOSClient(system_database_url=url, application_name=APP_NAME).register_queue(
+            client = DBOSClient(system_database_url=url, application_name=APP_NAME)
+            client.register_queue(
                 queue,
                 worker_concurrency=concurrency or 10,
                 polling_interval_sec=0.1,
                 on_conflict="always_update" if concurrency else "never_update",
             )
+            client.destroy()
             DBOS.launch()
     except (*DATABASE_ERRORS, OSError, ValueError, TypeError) as error:
         raise database_error(settings, error) from error
@@ -327,12 +335,23 @@ def trace_to_logfire() -> None:
 
 
 class DatabaseAlarm(logging.Handler):
-    """Reports a lost database. DBOS waits for it to come back, silently and without a limit."""
+    """Watches DBOS's log for what DBOS 3.4 would leave unsaid."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Know the database."""
+        super().__init__()
+        self.settings = settings
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pick that one message out of DBOS's log."""
+        """Tell that DBOS waits for the database; end this process if it has given a run up."""
+        error = record.exc_info and record.exc_info[1]
         if record.getMessage().startswith("Database connection failed"):
             print_line("  the database does not answer: waiting for it to come back")
+        elif isinstance(error, DATABASE_ERRORS):
+            # DBOS could not store how the run ended, and executes it no more. While this process
+            # lives, everybody would wait for it.
+            print(f"error: {database_error(self.settings, error)}", file=sys.stderr, flush=True)
+            os._exit(2)
 
 
 def _add_unixepoch(connection: Any, _record: Any) -> None:
@@ -426,8 +445,8 @@ async def move_on(
 ) -> Handle | None:
     """Resume or replay a stored run; return None while another live process executes it."""
     stored = await DBOS.get_workflow_status_async(run_id)
-    if stored is None:
-        return None
+    if stored is None:  # somebody has deleted it
+        return await start(executor, request, run_id)
     if stored.status == "SUCCESS":
         refuse_if_unfit(stored, await DBOS.list_workflow_steps_async(run_id), request)
         tell("finished earlier, so its stored report is replayed")
@@ -544,27 +563,57 @@ def interruption(stored: WorkflowStatus) -> str:
 
 def is_alive(settings: Settings, executor_id: str) -> bool:
     """Tell whether a live process has this executor ID."""
-    lock = try_lock(settings, executor_id)
+    lock = try_lock(settings, lock_name(executor_id))
     if lock is None:
         return True
     with lock:
+        if isinstance(lock, sqlalchemy.Connection):
+            # Live processes have not taken their locks again, if the server was just restarted.
+            uptime = "SELECT extract(epoch FROM now() - pg_postmaster_start_time())"
+            return float(lock.scalar(sqlalchemy.text(uptime)) or 0) < RELOCK
         return False
 
 
 def hold_name(settings: Settings, executor_id: str) -> AbstractContextManager[Any]:
     """Return the lock by which other processes see that this one is alive."""
     with recovery_lock(settings):
-        lock = try_lock(settings, executor_id)
+        lock = try_lock(settings, lock_name(executor_id))
     if lock is None:
         raise ResearchError(f"a worker named {executor_id} is alive: choose another name.")
+    if isinstance(lock, sqlalchemy.Connection):
+        threading.Thread(target=keep, args=(settings, executor_id, lock), daemon=True).start()
     return lock
+
+
+def lock_name(executor_id: str) -> str:
+    """Return the name of the lock. DBOS resumes the runs of one executor ID *and* version."""
+    return f"{executor_id} of version {APP_VERSION}"
+
+
+def keep(settings: Settings, executor_id: str, lock: sqlalchemy.Connection) -> None:
+    """Take the lock again when its connection is lost, for example as the server restarts."""
+    while True:
+        time.sleep(1)
+        try:
+            lock.execute(sqlalchemy.text("SELECT 1"))
+        except sqlalchemy.exc.SQLAlchemyError:
+            with suppress(sqlalchemy.exc.SQLAlchemyError, ResearchError):
+                again = try_lock(settings, lock_name(executor_id))
+                if not isinstance(again, sqlalchemy.Connection):
+                    print("error: another process has taken this name over", file=sys.stderr)
+                    os._exit(2)
+                lock = again
 
 
 @contextmanager
 def recovery_lock(settings: Settings) -> Iterator[None]:
     """Let one process at a time look which processes have died, and resume their runs."""
+    looks = 0
     while (lock := try_lock(settings, "recovery")) is None:
         time.sleep(0.05)
+        looks += 1
+        if looks == 60:
+            print_line("Waiting for another process, which is starting or resuming runs.")
     with lock:
         yield
 
@@ -634,21 +683,21 @@ async def research_many(
     outcomes: dict[str, Outcome] = {}
     first_look, shown, last = True, "", ""
     while True:
-        began = time.monotonic()
         live: set[str | None] = {executor.queue, DBOS.executor_id}
         running = 0
         async for stored in stored_runs([run_id for run_id in requests if run_id not in outcomes]):
             run_id, owner = stored.workflow_id, owner_of(stored)
-            running += stored.status == "PENDING"
             if stored.status == "SUCCESS" or (owner is None and not first_look):
                 outcomes[run_id] = await outcome_of(stored)
                 last = f"; last: {requests[run_id].company}"
-            elif owner not in live:  # it failed earlier, or its process may have died
+            elif owner not in live or stored.app_version != APP_VERSION:
+                # It failed earlier, or its process may have died, or it must be refused.
                 move = partial(resume, executor, requests[run_id], run_id, tell=lambda _: None)
                 try:
                     live |= {await asyncio.to_thread(move)} - {None}
                 except ResearchError as error:
                     outcomes[run_id] = Outcome("REFUSED", 0, 0, str(error))
+            running += stored.status == "PENDING" and run_id not in outcomes
         failed = sum(outcome.status != "SUCCESS" for outcome in outcomes.values())
         line = f"{len(outcomes) - failed} done, {running} running, "
         line += f"{len(requests) - len(outcomes) - running} waiting, {failed} failed{last}"
@@ -657,8 +706,7 @@ async def research_many(
         if len(outcomes) == len(requests):
             return outcomes
         first_look, shown = False, line
-        # However many they are, looking at them takes no more than a tenth of the time.
-        await asyncio.sleep(max(0.5, 10 * (time.monotonic() - began)))
+        await asyncio.sleep(0.5 + len(requests) / 1000)  # looking at many takes longer
 
 
 async def stored_runs(run_ids: list[str]) -> AsyncIterator[WorkflowStatus]:
@@ -707,8 +755,13 @@ def work(executor: Executor) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     where = f"Database: {executor.settings.database_label}."
     print_line(wrap(f"Worker {DBOS.executor_id} serves the queue {executor.queue}. {where}"))
-    stop.wait()
+    while not stop.wait(timeout=1):  # without it, a signal just before the wait would go unnoticed
+        pass
     print_line("Asked to stop: taking no more runs, and finishing what has begun.")
+    # Whatever blocks, a step or a thread that waits for the database, this process ends in time.
+    end = threading.Timer(GRACE + 1, os._exit, [0])
+    end.daemon = True
+    end.start()
 
 
 # ---------------------------------------------------------------- output
@@ -725,6 +778,8 @@ def print_run(run: ResearchRun) -> None:
     )
     requests, tokens, seconds = 0, 0, 0.0
     for step in DBOS.list_workflow_steps(run.run_id):
+        if step["function_name"].endswith("__event_stream_handler"):
+            continue  # DBOSDurability stores these beside the model requests and tool calls
         number = step["function_id"]
         took = ((step["completed_at_epoch_ms"] or 0) - (step["started_at_epoch_ms"] or 0)) / 1000
         answer = step["output"] if isinstance(step["output"], ai.ModelResponse) else None
@@ -774,8 +829,8 @@ def print_runs(limit: int) -> None:
 
 def show_progress(line: str) -> None:
     """Print a line of progress: on a terminal over the one before it, elsewhere below it."""
-    if sys.stdout.isatty():
-        print(f"\r\x1b[K{line[:79]}", end="", flush=True)
+    if sys.stdout and sys.stdout.isatty():
+        print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
     else:
         print_line(line)
 
@@ -788,9 +843,11 @@ def print_outcomes(requests: dict[str, ResearchRequest], outcomes: dict[str, Out
         print_line(f"{request.company[:43]:<45}{status[:15]:<16}{seconds:>9.1f}{attempts:>10}")
     for run_id, request in requests.items():
         if outcomes[run_id].status != "SUCCESS":
-            bucket = f" --bucket {shlex.quote(request.bucket)}" if request.bucket else ""
+            words = ["--bucket", request.bucket] if request.bucket else []
+            words += ["--", request.company] if request.company[0] == "-" else [request.company]
             print_line(f"\n{wrap(f'{request.company}: {outcomes[run_id].reason}')}")
-            print_line(f"  resume it: uv run agent.py {shlex.quote(request.company)}{bucket}")
+            if outcomes[run_id].status != "REFUSED":
+                print_line(f"  resume it: uv run agent.py {shlex.join(words)}")
 
 
 def end_by_interruption(run_id: str | None) -> NoReturn:
@@ -799,7 +856,8 @@ def end_by_interruption(run_id: str | None) -> NoReturn:
 
     def count() -> None:
         if run_id is not None:
-            counted.append(len(finished(DBOS.list_workflow_steps(run_id))))
+            with suppress(Exception):  # DBOS may not have been launched yet
+                counted.append(len(finished(DBOS.list_workflow_steps(run_id))))
 
     # In a daemon thread, because the database may be what hangs.
     thread = threading.Thread(target=count, daemon=True)
@@ -846,7 +904,7 @@ def main() -> int:
         "configuration or database; 130 interrupted by Ctrl-C.",
     )
     add = parser.add_argument
-    add("company", nargs="*", default=["Quantum Compute Corp"], help='"-": read one a line')
+    add("company", nargs="*", help='"-": read one a line; default: Quantum Compute Corp')
     add("--bucket", default="", help="any text: a new one is a new run")
     add("--run-id", help="the run's ID, instead of the derived one")
     add("--crash", action="store_true", help="die by SIGKILL in the flaky tool")
@@ -864,20 +922,25 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         settings = load_settings()
-        requests = settings.requests(options.company, options.bucket)
+        names = options.company or ["Quantum Compute Corp"]
+        if options.worker is not None and options.company:
+            raise ResearchError("--worker takes its runs from the queue: leave out the companies.")
+        requests = settings.requests(names, options.bucket)
         if options.run_id is not None and len(requests) == 1:
             requests = {clean_text("the run ID", options.run_id): requests.popitem()[1]}
         elif options.run_id is not None:
             raise ResearchError("--run-id is for one company.")
         if options.concurrency is not None and not 0 < options.concurrency <= 1000:
             raise ResearchError("--concurrency takes a number from 1 to 1000.")
+        if options.list is not None and not 0 < options.list <= 1_000_000:
+            raise ResearchError("--list takes a number from 1 to 1000000.")
         if settings.pooled_host:
             direct = settings.pooled_host.replace("-pooler", "")
             print(f"warning: DBOS needs Neon's direct host, {direct}", file=sys.stderr)
         tools.service.crash = options.crash
         if options.list is not None:
             launch(replace(settings, model="offline"), verbose=options.verbose)
-            print_runs(max(1, options.list))
+            print_runs(options.list)
             return 0
         if options.worker is not None or len(requests) > 1:
             return run_queue(settings, options, requests)

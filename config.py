@@ -142,9 +142,13 @@ class Settings:
         Raises:
             ResearchError: A name is unfit; the text says which.
         """
+        if "-" in names[1:] or (names[0] == "-" and len(names) > 1):
+            raise ResearchError(
+                '"-" reads the names from standard input: give no others beside it.'
+            )
         numbered = list(enumerate(names, start=1))
         if names == ["-"]:
-            data = sys.stdin.buffer.read()
+            data = sys.stdin.buffer.read() if sys.stdin else b""
             try:
                 lines = enumerate(data.decode("utf-8-sig").split("\n"), start=1)
             except UnicodeDecodeError as error:
@@ -156,8 +160,11 @@ class Settings:
             try:
                 request = self.request(name, bucket)
             except ResearchError as error:
-                where = f"{'line' if names == ['-'] else 'name'} {number}: "
-                raise ResearchError(f"{where if len(numbered) > 1 else ''}{error}") from None
+                if names == ["-"]:
+                    raise ResearchError(f"line {number}: {error}") from None
+                raise ResearchError(
+                    f"name {number}: {error}" if names[1:] else f"{error}"
+                ) from None
             requests.setdefault(derive_run_id(request), request)
         if not requests:
             raise ResearchError("there is no company on standard input: give one a line.")

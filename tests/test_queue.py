@@ -44,7 +44,7 @@ def test_one_failure_stops_nobody_and_is_told_with_its_cure(app: App) -> None:
     assert batch.wait() == 1
     assert [row[0] for row in table(batch).values()] == ["SUCCESS", "ERROR", "SUCCESS"]
     assert "\n???: UnexpectedModelBehavior: " in batch.stdout
-    assert "  resume it: uv run agent.py '???' --bucket 'my bucket'\n" in batch.stdout
+    assert "  resume it: uv run agent.py --bucket 'my bucket' '???'\n" in batch.stdout
     assert batch.stderr == ""
 
 
@@ -88,7 +88,10 @@ def test_bad_input_enqueues_nothing(sqlite_app: App) -> None:
     assert not (sqlite_app.folder / "research.sqlite").exists()
     for arguments, told in [
         (["Acme", "Globex", "--run-id", "mine"], "--run-id is for one company"),
-        (["Acme", "--worker", "bell\a"], "the worker's name contains the control character"),
+        (["--worker", "bell\a"], "the worker's name contains the control character"),
+        (["Acme", "--worker", "w1"], "--worker takes its runs from the queue"),
+        (["Acme", "-"], '"-" reads the names from standard input'),
+        (["--list", "0"], "--list takes a number"),
         (["Acme", "Globex", "--concurrency", "0"], "--concurrency takes a number from 1 to 1000"),
     ]:
         refused = sqlite_app.run(*arguments)
