@@ -26,7 +26,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")
 # The workers of pytest-xdist inherit it.
 CRASH_SEED = os.environ.setdefault("CRASH_SEED", str(random.randrange(1_000_000)))
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["child", "pydantic_ai.models.openai"])
+# And what the libraries would import later, in each process again.
+FORKSERVER.set_forkserver_preload(
+    [
+        "child",
+        "genai_prices.data",
+        "pydantic_ai.mcp",
+        "pydantic_ai.models.openai",
+        "sqlalchemy.dialects.postgresql.psycopg",
+        "sqlalchemy.dialects.sqlite.aiosqlite",
+    ]
+)
 PATIENCE = 60.0
 """Seconds after which an event that does not come fails the test."""
 
@@ -226,14 +236,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.cleanup()
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database that does not exist yet."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'research.sqlite'}"
-    return fresh_postgres(request.getfixturevalue("postgres"), tmp_path)
-
-
 def fresh_postgres(server: str, tmp_path: Path) -> str:
     """Return the URL of a database that does not exist yet on that server."""
     name = f"t_{abs(hash(tmp_path))}"
@@ -250,31 +252,44 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def migrated_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same on PostgreSQL; the name of the database."""
+    """The same on PostgreSQL; its URL."""
     folder = tmp_path_factory.mktemp("migrated")
     url = make_url(postgres).set(database="migrated").render_as_string(hide_password=False)
     assert App(folder, url).run("--list").wait() == 0
-    return "migrated"
+    return url
 
 
-@pytest.fixture
-def app(request: pytest.FixtureRequest, database_url: str, tmp_path: Path) -> Iterator[App]:
+@pytest.fixture(params=["sqlite", "postgres"])
+def app(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[App]:
     """The app, on SQLite and on PostgreSQL, on a database that holds no run."""
-    if database_url.startswith("sqlite"):
+    if request.param == "sqlite":
         shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "research.sqlite")
+        app = App(tmp_path, f"sqlite:///{tmp_path / 'research.sqlite'}")
     else:
-        url = make_url(database_url)
-        template = request.getfixturevalue("migrated_postgres")
-        with psycopg.connect(request.getfixturevalue("postgres"), autocommit=True) as connection:
-            create = f'CREATE DATABASE "{url.database}" TEMPLATE "{template}"'
-            connection.execute(create.encode())
-    yield from opened(database_url, tmp_path)
+        app = App(tmp_path, request.getfixturevalue("migrated_postgres"))
+        # Much quicker than another database for each test.
+        app.rows(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        tables = app.rows(
+            "SELECT string_agg(format('%I.%I', schemaname, tablename), ', ') FROM pg_tables"
+            " WHERE schemaname = 'dbos' AND tablename <> 'dbos_migrations'"
+        )
+        app.rows(f"TRUNCATE {tables[0][0]}")
+    yield app
+    app.close()
 
 
-@pytest.fixture
-def app_without_database(database_url: str, tmp_path: Path) -> Iterator[App]:
+@pytest.fixture(params=["sqlite", "postgres"])
+def app_without_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[App]:
     """The app, on SQLite and on PostgreSQL, on a database that does not exist yet."""
-    yield from opened(database_url, tmp_path)
+    url = f"sqlite:///{tmp_path / 'research.sqlite'}"
+    if request.param == "postgres":
+        url = fresh_postgres(request.getfixturevalue("postgres"), tmp_path)
+    app = App(tmp_path, url)
+    yield app
+    app.close()
 
 
 @pytest.fixture(autouse=True)
@@ -284,18 +299,6 @@ def no_process_is_left() -> Iterator[None]:
     for process in multiprocessing.active_children():
         process.kill()
         process.join()
-
-
-def opened(database_url: str, tmp_path: Path) -> Iterator[App]:
-    """Clean up after the app."""
-    app = App(tmp_path, database_url)
-    yield app
-    app.close()
-    url = make_url(database_url)
-    if url.drivername != "sqlite":
-        server = url.set(database="postgres").render_as_string(hide_password=False)
-        with psycopg.connect(server, autocommit=True) as connection:
-            connection.execute(f'DROP DATABASE IF EXISTS "{url.database}" WITH (FORCE)'.encode())
 
 
 @pytest.fixture

@@ -162,7 +162,10 @@ def test_a_file_that_is_damaged_inside_is_a_clear_error(sqlite_app: App) -> None
     assert "cannot be used" in refused(sqlite_app, "--list")
 
 
-def test_a_damaged_table_is_a_clear_error_in_the_list_too(app: App) -> None:
+def test_a_damaged_table_is_a_clear_error_in_the_list_too(
+    app_without_database: App,
+) -> None:
+    app = app_without_database  # others share theirs
     app.run("Acme")
     app.rows("ALTER TABLE {dbos}operation_outputs RENAME TO damaged")
     assert "cannot be used" in refused(app, "--list")
