@@ -12,14 +12,15 @@ a step that finished is never repeated. `research()` keeps it, and is the functi
 import os
 import signal
 
-if __name__ == "__main__":  # the imports take two seconds, in which Ctrl-C would be a traceback
 
-    def interrupted(*_: object) -> None:
-        """Say that nothing is lost, and end."""
-        os.write(2, b"\nInterrupted: nothing was begun. Run the same command to resume.\n")
-        os._exit(130)
+def end_by_ctrl_c(*_: object) -> None:
+    """Say that nothing is lost, and end before a thread of DBOS begins another step."""
+    os.write(2, b"\nInterrupted: what finished is stored. Run the same command to resume.\n")
+    os._exit(130)
 
-    signal.signal(signal.SIGINT, interrupted)
+
+if __name__ == "__main__":  # before the imports, which take two seconds
+    signal.signal(signal.SIGINT, end_by_ctrl_c)
 
 import argparse
 import asyncio
@@ -50,7 +51,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, cast
 
 import sqlalchemy
 from dbos import (
@@ -106,7 +107,6 @@ MODEL_STEP: dict[str, Any] = {
         dbos_error.DBOSStepTimeoutError,
     ),
 }
-
 
 DATABASE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, dbos_error.DBOSInitializationError)
 WORKFLOW_NAME = f"{AGENT_NAME}.run"  # by DBOSAgent
@@ -297,7 +297,7 @@ def launch(
         # Without this, DBOS executes runs of every queue, and other processes execute ours.
         DBOS.listen_queues([queue or executor_id])
         logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # what it ignores, at Ctrl-C
-        logging.getLogger("dbos").addHandler(DatabaseAlarm(settings))
+        logging.getLogger("dbos").addFilter(partial(watch_log, settings))
         if queue is None:
             DBOS.launch()
             lock = hold_name(settings, executor_id)
@@ -334,24 +334,17 @@ def trace_to_logfire() -> None:
     logfire.instrument_pydantic_ai()
 
 
-class DatabaseAlarm(logging.Handler):
-    """Watches DBOS's log for what DBOS 3.4 would leave unsaid."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Know the database."""
-        super().__init__()
-        self.settings = settings
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Tell that DBOS waits for the database; end this process if it has given a run up."""
-        error = record.exc_info and record.exc_info[1]
-        if record.getMessage().startswith("Database connection failed"):
-            print_line("  the database does not answer: waiting for it to come back")
-        elif isinstance(error, DATABASE_ERRORS):
-            # DBOS could not store how the run ended, and executes it no more. While this process
-            # lives, everybody would wait for it.
-            print(f"error: {database_error(self.settings, error)}", file=sys.stderr, flush=True)
-            os._exit(2)
+def watch_log(settings: Settings, record: logging.LogRecord) -> bool:
+    """Tell what DBOS 3.4 would leave unsaid. As a filter of its log, it lets everything pass."""
+    error = record.exc_info and record.exc_info[1]
+    if record.getMessage().startswith("Database connection failed"):
+        print_line("  the database does not answer: waiting for it to come back")
+    elif isinstance(error, DATABASE_ERRORS):
+        # DBOS could not store how a run ended, and executes it no more. While this process lives,
+        # everybody would wait for it.
+        print(f"error: {database_error(settings, error)}", file=sys.stderr, flush=True)
+        os._exit(2)
+    return True
 
 
 def _add_unixepoch(connection: Any, _record: Any) -> None:
@@ -489,7 +482,9 @@ def resume(
             DBOS.cancel_workflow(run_id)
             DBOS.rewind_workflow(run_id, start_step=step, queue_name=queue)
         else:
-            tell(f"{interruption(stored)}, resumes after {len(finished(steps))} finished steps")
+            ended = stored.status in ("CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED")
+            state = stored.status.lower().replace("_", " ") if ended else "interrupted"
+            tell(f"{state}, resumes after {count_finished(steps)}")
             DBOS.resume_workflow(run_id, queue_name=queue)
     return None
 
@@ -531,14 +526,14 @@ def refuse_if_unfit(
 
 
 def find_failure(
-    stored: WorkflowStatus | None, steps: list[StepInfo]
+    stored: WorkflowStatus, steps: list[StepInfo]
 ) -> tuple[int, Exception | None] | None:
     """Return the ID of the step from which a failed run must resume, and the error."""
     for step in steps:
         # A ModelRetry is not a failure: it went back to the model, which has dealt with it.
         if step["error"] is not None and not isinstance(step["error"], ModelRetry):
             return step["function_id"], step["error"]
-    if stored is None or stored.status != "ERROR":
+    if stored.status != "ERROR":
         return None
     # No step failed. If the run gave up on the model's answers, ask the model again: its last
     # answer, and what that led to, is dropped. If the run failed between steps, for example
@@ -549,35 +544,29 @@ def find_failure(
     return max((step["function_id"] for step in steps), default=0) + 1, stored.error
 
 
-def finished(steps: list[StepInfo]) -> list[StepInfo]:
-    """Return the steps that did not fail."""
-    return [step for step in steps if step["error"] is None]
-
-
-def interruption(stored: WorkflowStatus) -> str:
-    """Say why an unfinished run is not running."""
-    if stored.status in ("PENDING", "ENQUEUED", "DELAYED"):
-        return "interrupted"
-    return stored.status.lower().replace("_", " ")
+def count_finished(steps: list[StepInfo]) -> str:
+    """Say how many steps are stored that did not fail."""
+    count = sum(step["error"] is None for step in steps)
+    return f"{count} finished step{'' if count == 1 else 's'}"
 
 
 def is_alive(settings: Settings, executor_id: str) -> bool:
     """Tell whether a live process has this executor ID."""
-    lock = try_lock(settings, lock_name(executor_id))
+    lock = try_lock(settings, executor_id)
     if lock is None:
         return True
     with lock:
-        if isinstance(lock, sqlalchemy.Connection):
-            # Live processes have not taken their locks again, if the server was just restarted.
-            uptime = "SELECT extract(epoch FROM now() - pg_postmaster_start_time())"
-            return float(lock.scalar(sqlalchemy.text(uptime)) or 0) < RELOCK
-        return False
+        if not isinstance(lock, sqlalchemy.Connection):
+            return False
+        # Live processes have not taken their locks again, if the server was just restarted.
+        uptime = "extract(epoch FROM now() - pg_postmaster_start_time())"
+        return bool(lock.exec_driver_sql(f"SELECT {uptime} < {RELOCK}").scalar())
 
 
 def hold_name(settings: Settings, executor_id: str) -> AbstractContextManager[Any]:
     """Return the lock by which other processes see that this one is alive."""
     with recovery_lock(settings):
-        lock = try_lock(settings, lock_name(executor_id))
+        lock = try_lock(settings, executor_id)
     if lock is None:
         raise ResearchError(f"a worker named {executor_id} is alive: choose another name.")
     if isinstance(lock, sqlalchemy.Connection):
@@ -585,20 +574,15 @@ def hold_name(settings: Settings, executor_id: str) -> AbstractContextManager[An
     return lock
 
 
-def lock_name(executor_id: str) -> str:
-    """Return the name of the lock. DBOS resumes the runs of one executor ID *and* version."""
-    return f"{executor_id} of version {APP_VERSION}"
-
-
 def keep(settings: Settings, executor_id: str, lock: sqlalchemy.Connection) -> None:
     """Take the lock again when its connection is lost, for example as the server restarts."""
     while True:
         time.sleep(1)
         try:
-            lock.execute(sqlalchemy.text("SELECT 1"))
+            lock.exec_driver_sql("SELECT 1")
         except sqlalchemy.exc.SQLAlchemyError:
-            with suppress(sqlalchemy.exc.SQLAlchemyError, ResearchError):
-                again = try_lock(settings, lock_name(executor_id))
+            with suppress(sqlalchemy.exc.SQLAlchemyError):
+                again = try_lock(settings, executor_id)
                 if not isinstance(again, sqlalchemy.Connection):
                     print("error: another process has taken this name over", file=sys.stderr)
                     os._exit(2)
@@ -624,8 +608,9 @@ def try_lock(settings: Settings, name: str) -> AbstractContextManager[Any] | Non
     The operating system or the database releases it when its process dies, however it dies.
     """
     url = settings.database_url
+    key = f"{APP_NAME}:{APP_VERSION}:{name}"  # DBOS resumes the runs of its own version only
     if url.drivername == "sqlite":
-        file = f"{url.database}.locks/{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        file = f"{url.database}.locks/{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         try:
             return FileLock(file, thread_local=False).acquire(timeout=0)
         except Timeout:
@@ -639,12 +624,12 @@ def try_lock(settings: Settings, name: str) -> AbstractContextManager[Any] | Non
     connection = engine.connect()
     # The server must not close it for being idle. But it must notice within half a minute, and
     # not two hours, if this machine loses power.
-    for setting in ("idle_session_timeout = 0", "tcp_keepalives_idle = 15"):
-        connection.execute(sqlalchemy.text(f"SET {setting}"))
-    for setting in ("tcp_keepalives_interval = 5", "tcp_keepalives_count = 3"):
-        connection.execute(sqlalchemy.text(f"SET {setting}"))
-    query = sqlalchemy.text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
-    if connection.scalar(query, {"name": f"{APP_NAME}:{name}"}):
+    connection.exec_driver_sql(
+        "SET idle_session_timeout = 0; SET tcp_keepalives_idle = 15;"
+        "SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3"
+    )
+    query = sqlalchemy.text("SELECT pg_try_advisory_lock(hashtextextended(:key, 0))")
+    if connection.scalar(query, {"key": key}):
         return connection
     connection.close()
     return None
@@ -653,15 +638,8 @@ def try_lock(settings: Settings, name: str) -> AbstractContextManager[Any] | Non
 # ---------------------------------------------------------------- many runs
 
 
-class Outcome(NamedTuple):
-    """How one of many runs ended."""
-
-    status: str
-    """As DBOS stores it, or "REFUSED" for a run that cannot be resumed."""
-    seconds: float
-    attempts: int
-    """How often a process began to execute the run, since a command last resumed it."""
-    reason: str
+Outcome = WorkflowStatus | ResearchError
+"""How one of many runs ended: as DBOS stores it, or why it cannot be resumed."""
 
 
 async def research_many(
@@ -688,7 +666,7 @@ async def research_many(
         async for stored in stored_runs([run_id for run_id in requests if run_id not in outcomes]):
             run_id, owner = stored.workflow_id, owner_of(stored)
             if stored.status == "SUCCESS" or (owner is None and not first_look):
-                outcomes[run_id] = await outcome_of(stored)
+                outcomes[run_id] = stored
                 last = f"; last: {requests[run_id].company}"
             elif owner not in live or stored.app_version != APP_VERSION:
                 # It failed earlier, or its process may have died, or it must be refused.
@@ -696,9 +674,9 @@ async def research_many(
                 try:
                     live |= {await asyncio.to_thread(move)} - {None}
                 except ResearchError as error:
-                    outcomes[run_id] = Outcome("REFUSED", 0, 0, str(error))
+                    outcomes[run_id] = error
             running += stored.status == "PENDING" and run_id not in outcomes
-        failed = sum(outcome.status != "SUCCESS" for outcome in outcomes.values())
+        failed = sum(not succeeded(outcome) for outcome in outcomes.values())
         line = f"{len(outcomes) - failed} done, {running} running, "
         line += f"{len(requests) - len(outcomes) - running} waiting, {failed} failed{last}"
         if line != shown:
@@ -739,14 +717,9 @@ def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
     engine.dispose()
 
 
-async def outcome_of(stored: WorkflowStatus) -> Outcome:
-    """Return how this run ended."""
-    if stored.status != "SUCCESS":  # its error has not been read yet
-        stored = await DBOS.get_workflow_status_async(stored.workflow_id) or stored
-    began = stored.dequeued_at or stored.created_at or 0
-    seconds = ((stored.completed_at or began) - began) / 1000
-    reason = describe(stored.error) if stored.error else ""
-    return Outcome(stored.status, seconds, stored.recovery_attempts or 0, reason)
+def succeeded(outcome: Outcome) -> bool:
+    """Tell whether the run has a report."""
+    return isinstance(outcome, WorkflowStatus) and outcome.status == "SUCCESS"
 
 
 def work(executor: Executor) -> None:
@@ -816,10 +789,10 @@ def print_runs(limit: int) -> None:
         application_name=APP_NAME, sort_desc=True, limit=limit + 1, load_input=False
     )
     for run in runs[:limit]:
-        steps = len(finished(DBOS.list_workflow_steps(run.workflow_id)))
+        steps = count_finished(DBOS.list_workflow_steps(run.workflow_id))
         when = datetime.fromtimestamp((run.created_at or 0) / 1000).strftime("%Y-%m-%d %H:%M")
         company = (run.attributes or {}).get("company")
-        print_line(f"{when}  {run.status[:9]:<9}{steps:>3} steps  {company}"[:80])
+        print_line(f"{when}  {run.status[:9]:<11}{steps}  {company}"[:80])
         print_line(f"    {run.workflow_id}")
     if len(runs) > limit:
         print_line(f"These are the {limit} newest; --list {limit * 10} shows more.")
@@ -839,33 +812,23 @@ def print_outcomes(requests: dict[str, ResearchRequest], outcomes: dict[str, Out
     """Print how each run ended, and how to resume those that failed."""
     print_line(f"\n{'company':<45}{'status':<16}{'seconds':>9}{'attempts':>10}")
     for run_id, request in requests.items():
-        status, seconds, attempts, _ = outcomes[run_id]
+        outcome = outcomes[run_id]
+        status, seconds, attempts = "REFUSED", 0.0, 0
+        if isinstance(outcome, WorkflowStatus):
+            status, attempts = outcome.status, outcome.recovery_attempts or 0
+            began = outcome.dequeued_at or outcome.created_at or 0
+            seconds = ((outcome.completed_at or began) - began) / 1000
         print_line(f"{request.company[:43]:<45}{status[:15]:<16}{seconds:>9.1f}{attempts:>10}")
     for run_id, request in requests.items():
-        if outcomes[run_id].status != "SUCCESS":
+        outcome = outcomes[run_id]
+        if isinstance(outcome, ResearchError):
+            print_line(f"\n{wrap(f'{request.company}: {outcome}')}")
+        elif not succeeded(outcome):
+            stored = DBOS.get_workflow_status(run_id)  # the others were read without their errors
+            print_line(f"\n{wrap(f'{request.company}: {describe(stored and stored.error)}')}")
             words = ["--bucket", request.bucket] if request.bucket else []
             words += ["--", request.company] if request.company[0] == "-" else [request.company]
-            print_line(f"\n{wrap(f'{request.company}: {outcomes[run_id].reason}')}")
-            if outcomes[run_id].status != "REFUSED":
-                print_line(f"  resume it: uv run agent.py {shlex.join(words)}")
-
-
-def end_by_interruption(run_id: str | None) -> NoReturn:
-    """Say what is stored after Ctrl-C, and end this process at once."""
-    counted: list[int] = []
-
-    def count() -> None:
-        if run_id is not None:
-            with suppress(Exception):  # DBOS may not have been launched yet
-                counted.append(len(finished(DBOS.list_workflow_steps(run_id))))
-
-    # In a daemon thread, because the database may be what hangs.
-    thread = threading.Thread(target=count, daemon=True)
-    thread.start()
-    thread.join(timeout=2)
-    saved = f"{counted[0]} finished steps are stored" if counted else "what finished is stored"
-    print(f"\nInterrupted: {saved}. Run the same command to resume.", file=sys.stderr, flush=True)
-    os._exit(130)  # before a thread of DBOS begins another step
+            print_line(f"  resume it: uv run agent.py {shlex.join(words)}")
 
 
 def describe(error: object) -> str:
@@ -918,8 +881,6 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name must not fail a run by being printed
             stream.reconfigure(errors="backslashreplace")
-    run_id = None
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         settings = load_settings()
         names = options.company or ["Quantum Compute Corp"]
@@ -959,8 +920,6 @@ def main() -> int:
             error = database_error(settings, error)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        end_by_interruption(run_id)
     return 0
 
 
@@ -987,7 +946,7 @@ def run_queue(
     # This process may be executing runs that others have asked for. What is left after these
     # seconds is resumed from its last checkpoint, a worker's when it is started again.
     DBOS.destroy(workflow_completion_timeout_sec=GRACE)
-    return int(any(outcome.status != "SUCCESS" for outcome in outcomes.values()))
+    return int(not all(succeeded(outcome) for outcome in outcomes.values()))
 
 
 if __name__ == "__main__":

@@ -225,5 +225,6 @@ def main(
     hasten_retries()
     if "LOGFIRE_TOKEN" in environment:
         listen_to_traces()
+    signal.signal(signal.SIGINT, agent.end_by_ctrl_c)  # as where agent.py is the main program
     sys.argv = ["agent.py", *arguments]
     sys.exit(agent.main())

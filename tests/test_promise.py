@@ -64,7 +64,7 @@ def test_ctrl_c_says_what_is_stored_and_how_to_go_on(app: App) -> None:
     interrupted.signal(signal.SIGINT)
     assert interrupted.wait() == 130
     assert interrupted.stderr.strip() == (
-        "Interrupted: 2 finished steps are stored. Run the same command to resume."
+        "Interrupted: what finished is stored. Run the same command to resume."
     )
 
 
@@ -231,8 +231,8 @@ def test_another_bucket_is_another_run_and_the_list_shows_both(app: App) -> None
     assert app.run("Acme", "--bucket", "2026-Q4", KILL_AT="before commit 3").wait() < 0
     listed = app.run("--list").stdout.splitlines()
     assert len(listed) == 4
-    assert "PENDING    2 steps  Acme" in listed[0]
-    assert "SUCCESS    4 steps  Acme" in listed[2]
+    assert "PENDING    2 finished steps  Acme" in listed[0]
+    assert "SUCCESS    4 finished steps  Acme" in listed[2]
     assert all(len(line) <= 80 for line in listed)
 
 

@@ -61,60 +61,36 @@ def masked(text: str) -> str:
     return re.sub(r"[^\s:]+:\d+:[0-9a-f]{8}", "EXECUTOR", " ".join(" ".join(lines).split()))
 
 
-def interrupted(folder: Path, arguments: list[str], last_line: str) -> str:
-    """Run a command, press Ctrl-C after this line, and return what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", *arguments],
-        cwd=folder,
-        env={**ENVIRONMENT, "DEMO_LATENCY": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    printed = ""
-    with process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            printed += line
-            if line.strip() == last_line.strip():
-                process.send_signal(signal.SIGINT)
-                printed += "^C"
-    assert process.returncode == 130, printed
-    return printed
-
-
 def test_each_command_prints_what_the_readme_shows(tmp_path: Path) -> None:
     folder = copy_app(tmp_path)
+    app = App(folder, f"sqlite:///{folder / 'research.sqlite'}", environment={"COLUMNS": "80"})
     compared = 0
     for block in blocks("console"):
         command, _, shown = block.removeprefix("$ ").partition("\n")
         if not shown:
             continue
         if command.startswith("python -c "):
-            arguments = ["-c", command.removeprefix('python -c "').removesuffix('"')]
+            code = command.removeprefix('python -c "').removesuffix('"')
+            printed = run(folder, "-c", code).stdout
         else:
-            arguments = shlex.split(command.partition("uv run ")[2], comments=True)
-        if "^C" in shown:
-            printed = interrupted(folder, arguments, shown.split("\n^C")[0].splitlines()[-1])
-        elif "in the second terminal" in command:
-            first = subprocess.Popen(
-                [sys.executable, "-u", *arguments],
-                cwd=folder,
-                env={**ENVIRONMENT, "DEMO_LATENCY": "1"},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            with first:
-                assert first.stdout is not None
-                first.stdout.readline()
-                printed = run(folder, *arguments).stdout.partition("\ncompany_name")[0]
-                assert "4  model request              ran" in first.stdout.read()
-        elif command.startswith("DEMO_FAILURE_RATE=1 "):  # its ten attempts take a minute
-            app = App(folder, f"sqlite:///{folder / 'research.sqlite'}")
-            failed = app.run(*arguments[1:], DEMO_FAILURE_RATE="1")
-            printed = failed.stdout + failed.stderr
-        else:
-            printed = run(folder, *arguments).stdout
+            arguments = shlex.split(command.partition("uv run agent.py")[2], comments=True)
+            failure_rate = "1" if command.startswith("DEMO_FAILURE_RATE=1 ") else "0"
+            first = None
+            if "in the second terminal" in command:
+                first = app.start(*arguments, WAIT_AT="inside 2").until_prints("step 2")
+            wait = {"WAIT_AT": "inside 2"} if "^C" in shown else {}
+            process = app.start(*arguments, DEMO_FAILURE_RATE=failure_rate, **wait)
+            if "^C" in shown:
+                process.until_prints(shown.split("\n^C")[0].splitlines()[-1])
+                process.signal(signal.SIGINT)
+            if first is not None:
+                process.until_prints("executes nothing")
+                app.open_gate()
+                assert first.wait() == 0
+                assert "4  model request              ran" in first.stdout
+            process.wait()
+            stdout = process.stdout.partition("\ncompany_name")[0] if first else process.stdout
+            printed = stdout + ("^C" if "^C" in shown else "") + process.stderr
         assert masked(printed) == masked(shown), command
         compared += 1
     assert compared == 11
