@@ -211,6 +211,7 @@ def main(
     tools.service = LedgerService()
     vars(agent)["APP_VERSION"] = patches.pop("version", config.APP_VERSION)
     vars(agent)["GRACE"] = patches.pop("grace", agent.GRACE)
+    vars(agent)["RELOCK"] = patches.pop("relock", agent.RELOCK)
     if stdin := patches.pop("stdin", None):
         sys.stdin = open(stdin)  # noqa: SIM115
     if limit := patches.pop("file_size", None):

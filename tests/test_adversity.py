@@ -16,6 +16,10 @@ from typing import Any
 
 import pytest
 from conftest import PROJECT, App, fresh_postgres, start_postgres, wait_for
+from sqlalchemy import make_url
+
+from agent import recovery_lock
+from config import load_settings
 
 
 def refused(app: App, *arguments: str, **options: Any) -> str:
@@ -34,6 +38,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     yield server
     with contextlib.suppress(subprocess.CalledProcessError):  # it is down already
         pg_ctl(server, "stop", "-m", "immediate")
+
+
+UPTIME = "extract(epoch FROM now() - pg_postmaster_start_time())"
 
 
 def pg_ctl(server: Any, *command: str) -> None:
@@ -96,6 +103,36 @@ def test_postgres_is_down_and_then_up(server: Any, tmp_path: Path) -> None:
     again = app.run("Acme")
     assert again.wait() == 0, again.stderr
     assert len(app.ledger("effect overview")) == 1
+
+
+def test_a_live_process_keeps_its_run_though_postgres_was_restarted(
+    server: Any, tmp_path: Path
+) -> None:
+    """The restart frees every lock. A process takes its own again before others may look."""
+    url = make_url(server.get_uri()).set(database="migrated").render_as_string(hide_password=False)
+    app = App(tmp_path, url)
+    relock = {"relock": 3}
+    first = app.start("Acme", WAIT_AT="inside 3", patches=relock)
+    app.until("waiting inside 3")
+    server.stop()
+    server.start()
+    second = app.start("Acme", patches=relock).until_prints("executes nothing")
+    wait_for(lambda: app.rows(f"SELECT {UPTIME} > 4") == [(True,)], "the time for taking locks")
+    assert len(app.ledger("effect")) == 2
+    app.open_gate()
+    assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
+    assert len(app.ledger("effect")) == 4
+
+
+def test_a_command_that_waits_for_another_ones_look_at_the_dead_says_so(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.run("Acme", KILL_AT="before commit 3")
+    monkeypatch.setenv("DBOS_SYSTEM_DATABASE_URL", app.database_url)
+    with recovery_lock(load_settings()):
+        waiting = app.start("Acme").until_prints("Waiting for another process")
+        assert app.status() == "PENDING"
+    assert waiting.wait() == 0, waiting.stderr
 
 
 def test_another_program_locks_the_sqlite_file_for_a_while(sqlite_app: App) -> None:

@@ -6,6 +6,8 @@ import signal
 import pytest
 from conftest import CRASH_SEED, App, Process, wait_for
 
+from config import APP_VERSION
+
 NAMES = ["Acme", "Globex", "Initech"]
 
 
@@ -15,9 +17,9 @@ def table(process: Process) -> dict[str, list[str]]:
     return {row[:43].strip(): row[45:].split() for row in rows}
 
 
-def enqueue(app: App, *names: str) -> None:
+def enqueue(app: App, *names: str, version: str = APP_VERSION) -> None:
     """Leave runs in the queue, by a batch that is killed before it executes any."""
-    batch = app.start(*names, WAIT_AT="before dequeue")
+    batch = app.start(*names, WAIT_AT="before dequeue", patches={"version": version})
     batch.until_prints(f"{len(names)} waiting").signal(signal.SIGKILL)
     batch.wait()
 
@@ -132,12 +134,15 @@ def test_a_worker_executes_what_is_queued_and_finishes_it_on_sigterm(app: App) -
     assert "  research-" in worker.stdout, "each line names its run"
 
 
+@pytest.mark.parametrize("point", ["after effect 3", "before commit 3"])
 def test_a_worker_that_cannot_finish_in_time_stops_and_goes_on_when_it_is_started_again(
-    app: App,
+    app: App, point: str
 ) -> None:
+    """What keeps it busy is a step, or a thread that waits for the database."""
     enqueue(app, "Acme", "Globex")
-    worker = app.start("--worker", "w1", WAIT_AT="after effect 3", patches={"grace": 1})
+    worker = app.start("--worker", "w1", WAIT_AT=point, patches={"grace": 1})
     wait_for(lambda: len(app.ledger("effect financials")) == 2, "two calls")
+    app.until(f"waiting {point}")
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     assert worker.stderr == ""
@@ -161,6 +166,27 @@ def test_a_worker_that_is_killed_finishes_what_it_had_begun_under_its_name(app: 
     app.start("--worker", "w1")
     wait_for(lambda: app.statuses() == {"SUCCESS": 3}, "all to finish")
     assert len(app.ledger("effect overview")) == 3
+    assert app.repeated() == []
+
+
+def test_a_worker_that_cannot_store_how_a_run_ended_says_so_and_ends(
+    app_without_database: App,
+) -> None:
+    """DBOS 3.4 would leave the run PENDING, and not execute it again."""
+    app = app_without_database  # others share theirs
+    enqueue(app, "Acme", "Globex")
+    worker = app.start("--worker", "w1", WAIT_AT="before outcome SUCCESS")
+    app.until_effects(8)
+    app.until("waiting before outcome SUCCESS")
+    app.rows("ALTER TABLE {dbos}workflow_status RENAME TO damaged")
+    app.open_gate()
+    assert worker.wait() == 2
+    assert worker.stderr.startswith("error: the database (")
+    assert "workflow_status" in worker.stderr
+    app.rows("ALTER TABLE {dbos}damaged RENAME TO workflow_status")
+    app.start("--worker", "w1")
+    wait_for(lambda: app.statuses() == {"SUCCESS": 2}, "both runs to finish")
+    assert len(app.ledger("effect")) == 8
     assert app.repeated() == []
 
 
@@ -217,8 +243,12 @@ def test_a_batch_waits_for_a_run_that_a_single_command_executes(app: App) -> Non
     assert len(app.ledger("effect")) == 12
 
 
-def test_a_run_of_another_version_is_refused_and_stops_nobody(app: App) -> None:
-    app.run("Acme", KILL_AT="before commit 3", patches={"version": "old"})
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_of_another_version_is_refused_and_stops_nobody(app: App, begun: bool) -> None:
+    if begun:
+        app.run("Acme", KILL_AT="before commit 3", patches={"version": "old"})
+    else:
+        enqueue(app, "Acme", "Umbrella", version="old")
     batch = app.run(*NAMES)
     assert batch.wait() == 1
     assert [row[0] for row in table(batch).values()] == ["REFUSED", "SUCCESS", "SUCCESS"]
