@@ -19,6 +19,7 @@ import psycopg
 import pytest
 from dbos import DBOS
 from filelock import FileLock
+from provider import Provider
 from pydantic_ai import models
 from sqlalchemy import create_engine, make_url, text
 
@@ -321,3 +322,13 @@ def sqlite_app(tmp_path: Path) -> Iterator[App]:
     app = App(tmp_path, f"sqlite:///{tmp_path / 'research.sqlite'}")
     yield app
     app.close()
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    """A well-behaved model provider, until a test gives it a script."""
+    provider = Provider()
+    yield provider
+    provider.closing.set()
+    provider.shutdown()
+    provider.server_close()

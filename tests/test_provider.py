@@ -1,23 +1,12 @@
 """The real OpenAI client talks real HTTP to a provider that misbehaves."""
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 from conftest import App
 from provider import Provider
 
 import agent
-
-
-@pytest.fixture
-def provider() -> Iterator[Provider]:
-    """A well-behaved provider, until a test gives it a script."""
-    provider = Provider()
-    yield provider
-    provider.closing.set()
-    provider.shutdown()
-    provider.server_close()
 
 
 def test_a_run_makes_two_model_requests_and_a_replay_makes_none(
