@@ -228,6 +228,16 @@ def test_a_tool_of_ones_own_is_retried_and_checkpointed(tmp_path: Path) -> None:
     assert len(set(keys)) == 1
 
 
+def test_every_figure_in_the_table_of_costs_is_one_that_the_benchmark_prints() -> None:
+    """It says itself where its own ratio is another than the one in the README."""
+    costs = README[README.index("## What it costs") : README.index("## The traps")]
+    figures = re.findall(r"^\| ([^|]+) \| [\d,.]+ ", costs, re.MULTILINE)
+    assert len(figures) >= 13
+    code = re.sub(r"\{[^}]*\}", "N", (PROJECT / "tests/benchmark.py").read_text())
+    for figure in figures:
+        assert re.sub(r"[\d,]*\d", "N", figure) in code, figure
+
+
 def test_every_link_to_a_file_or_a_heading_resolves() -> None:
     headings = {
         re.sub(r"[^a-z0-9 -]", "", line.strip("# ").lower()).replace(" ", "-")
