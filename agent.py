@@ -305,7 +305,8 @@ def launch(
             # DBOS takes the first runs as soon as it is launched, so first of all: that the
             # database exists, that no live process has this name, and how many runs to take.
             DBOS.migrate(url)
-            lock = hold_name(settings, executor_id)
+            with recovery_lock(settings):  # or else is_alive() might hold this lock, for a moment
+                lock = hold_name(settings, executor_id)
             client = DBOSClient(system_database_url=url, application_name=APP_NAME)
             client.register_queue(
                 queue,
@@ -565,8 +566,7 @@ def is_alive(settings: Settings, executor_id: str) -> bool:
 
 def hold_name(settings: Settings, executor_id: str) -> AbstractContextManager[Any]:
     """Return the lock by which other processes see that this one is alive."""
-    with recovery_lock(settings):
-        lock = try_lock(settings, executor_id)
+    lock = try_lock(settings, executor_id)
     if lock is None:
         raise ResearchError(f"a worker named {executor_id} is alive: choose another name.")
     if isinstance(lock, sqlalchemy.Connection):

@@ -88,7 +88,9 @@ def prepare_ours(kind: str) -> Work:
     """Launch the product; return its work."""
     import agent
     import config
+    import tools
 
+    tools.narration = "off" if kind == "batch" else "of one run"  # as on the command line
     settings = config.load_settings()
     executor = agent.launch(settings, queue=settings.queue if kind == "batch" else None)
 

@@ -36,6 +36,8 @@ def apply_diff(name: str, folder: Path) -> None:
     """Change this file in a copy of the app as the README shows."""
     [diff] = [block for block in blocks("diff") if block.startswith(f"--- a/{name}\n")]
     subprocess.run(["git", "apply", "-"], cwd=folder, input=diff, text=True, check=True)
+    ruff = [sys.executable, "-m", "ruff", "check", "--config", str(PROJECT / "pyproject.toml")]
+    subprocess.run([*ruff, folder / name], check=True)
 
 
 def copy_app(folder: Path) -> Path:
