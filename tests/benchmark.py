@@ -1,4 +1,4 @@
-"""Measure what agent.py costs beside DBOS and Pydantic AI alone. It takes some two minutes.
+"""Measure what agent.py costs beside DBOS and Pydantic AI alone. It takes some three minutes.
 
     uv run python tests/benchmark.py                   # on SQLite
     uv run python tests/benchmark.py --postgres        # on a PostgreSQL that comes as a package
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,7 +36,7 @@ from sqlalchemy import URL, create_engine, make_url, text
 PROJECT = Path(__file__).resolve().parent.parent
 ROUNDS = 4  # of each measurement; the first is a warm-up, and is not counted
 RUNS = 10  # in a round of runs one after another
-BATCH = 30  # runs in a round of concurrent ones
+BATCH = 60  # runs in a round of concurrent ones
 IMPORTS = """
 import os
 from dbos import DBOS
@@ -107,27 +107,24 @@ def prepare_ours(kind: str) -> Work:
 def prepare_plain(kind: str) -> Work:
     """Launch the libraries as their documentation does; return the same work.
 
-    Names, instructions, tools, answers, run IDs and prompts are the product's, so that both do and
-    store the same. The model's answers are not streamed, because nothing here listens to them.
+    Names, instructions, tools, streamed answers, run IDs and prompts are the product's, so that
+    both do and store the same.
     """
     from dbos import DBOS, SetWorkflowID
-    from pydantic_ai import Agent, messages
+    from pydantic_ai import Agent
     from pydantic_ai.durable_exec.dbos import DBOSAgent
-    from pydantic_ai.models.function import AgentInfo, FunctionModel
+    from pydantic_ai.models.function import FunctionModel
 
     import agent
     import config
     import tools
 
-    async def answer(
-        history: list[messages.ModelMessage], info: AgentInfo
-    ) -> messages.ModelResponse:
-        calls = [call async for d in agent.offline_script(history, info) for call in d.values()]
-        parts = [messages.ToolCallPart(str(call.name), call.json_args) for call in calls]
-        return messages.ModelResponse(parts)
+    async def listen(_: object, events: AsyncIterable[object]) -> None:
+        async for _event in events:
+            pass
 
     plain_agent = Agent(
-        FunctionModel(answer),
+        FunctionModel(stream_function=agent.offline_script),
         name=agent.AGENT_NAME,
         instructions=agent.INSTRUCTIONS,
         output_type=tools.ResearchReport,
@@ -137,11 +134,13 @@ def prepare_plain(kind: str) -> Work:
 
     async def undurable(names: list[str]) -> None:
         for request in settings.requests(names).values():
-            await plain_agent.run(request.prompt)
+            await plain_agent.run(request.prompt, event_stream_handler=listen)
 
     if kind == "undurable":
         return undurable
-    durable_agent: DBOSAgent[None, tools.ResearchReport] = DBOSAgent(plain_agent)
+    durable_agent: DBOSAgent[None, tools.ResearchReport] = DBOSAgent(
+        plain_agent, event_stream_handler=listen
+    )
     url = os.environ["DBOS_SYSTEM_DATABASE_URL"]
     DBOS(config={"name": agent.APP_NAME, "system_database_url": url, "log_level": "WARNING"})
     DBOS.launch()
