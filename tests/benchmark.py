@@ -36,7 +36,7 @@ from sqlalchemy import URL, create_engine, make_url, text
 PROJECT = Path(__file__).resolve().parent.parent
 ROUNDS = 4  # of each measurement; the first is a warm-up, and is not counted
 RUNS = 10  # in a round of runs one after another
-BATCH = 60  # runs in a round of concurrent ones
+BATCH = 40  # runs in a round of concurrent ones
 IMPORTS = """
 import os
 from dbos import DBOS
@@ -343,18 +343,17 @@ def measure_processes(place: Place, table: Table) -> None:
     """Measure whole processes: their seconds and their memory."""
     place.run("ours", "agent.py", "Warm-up")
     alone = ["benchmark.py", "--alone"]
-    for n in range(ROUNDS):
-        place.end(place.start("ours", "agent.py", f"K{n}", "--crash"), -signal.SIGKILL)
-    # One process at a time, and each run is ended before the next is begun: at launch, DBOS
-    # recovers all that its executor ID, which is "local" by default, has left unfinished.
     rounds: list[list[float]] = []
     for n in range(ROUNDS):
+        crash = [f"K{n}", "--crash"]
+        killed = [place.start("ours", "agent.py", *crash), place.start("plain", *alone, *crash)]
+        for child in killed:
+            place.end(child, -signal.SIGKILL)
         rounds.append([])
         rounds[-1] += place.run("ours", "agent.py", f"Company {n}")
         rounds[-1] += place.run("imports", "-c", IMPORTS)
         rounds[-1] += place.run("ours", "agent.py", f"Company {n}")
         rounds[-1] += place.run("ours", "agent.py", f"K{n}")
-        place.end(place.start("plain", *alone, f"K{n}", "--crash"), -signal.SIGKILL)
         rounds[-1] += place.run("plain", *alone, f"K{n}")
     first, first_memory, imports, imports_memory, replay, _, resume, _, plain, _ = columns(
         rounds[1:]
