@@ -824,8 +824,9 @@ def print_outcomes(requests: dict[str, ResearchRequest], outcomes: dict[str, Out
         if isinstance(outcome, ResearchError):
             print_line(f"\n{wrap(f'{request.company}: {outcome}')}")
         elif not succeeded(outcome):
-            stored = DBOS.get_workflow_status(run_id)  # the others were read without their errors
-            print_line(f"\n{wrap(f'{request.company}: {describe(stored and stored.error)}')}")
+            stored = DBOS.get_workflow_status(run_id)  # the outcome was read without its error
+            reason = describe(stored.error) if stored and stored.error else outcome.status.lower()
+            print_line(f"\n{wrap(f'{request.company}: {reason}')}")
             words = ["--bucket", request.bucket] if request.bucket else []
             words += ["--", request.company] if request.company[0] == "-" else [request.company]
             print_line(f"  resume it: uv run agent.py {shlex.join(words)}")

@@ -255,6 +255,18 @@ def test_a_run_of_another_version_is_refused_and_stops_nobody(app: App, begun: b
     assert "belongs to version old" in batch.stdout.replace("\n", " ")
 
 
+def test_runs_that_are_cancelled_meanwhile_are_told_and_go_on_by_the_same_command(app: App) -> None:
+    batch = app.start(*NAMES, "--concurrency", "1", WAIT_AT="inside 2")
+    app.until("waiting inside 2")
+    app.rows("UPDATE {dbos}workflow_status SET status = 'CANCELLED' WHERE status = 'ENQUEUED'")
+    app.open_gate()
+    assert batch.wait() == 1
+    assert sorted(row[0] for row in table(batch).values()) == ["CANCELLED"] * 2 + ["SUCCESS"]
+    assert ": cancelled\n  resume it: uv run agent.py " in batch.stdout
+    assert app.run(*NAMES).wait() == 0
+    assert len(app.ledger("effect")) == 12
+
+
 def test_two_batches_of_the_same_names_execute_each_run_once(app: App) -> None:
     both = [app.start(*NAMES), app.start(*reversed(NAMES))]
     assert [batch.wait() for batch in both] == [0, 0], [batch.stderr for batch in both]
