@@ -115,6 +115,38 @@ def test_each_command_prints_what_the_readme_shows(tmp_path: Path, provider: Pro
     assert compared == 14
 
 
+def test_each_command_within_the_text_runs(sqlite_app: App) -> None:
+    names = sqlite_app.folder / "companies.txt"
+    names.write_text("# customers\nAcme\nGlobex\n")
+    commands = re.findall(r"`(?:[A-Z_]+=\S+ )?uv run agent\.py ([^`]*)`", README)
+    assert len(commands) == 4
+    for command in commands:
+        arguments, _, file = command.partition(" < ")
+        patches = {"stdin": str(names)} if file else {}
+        done = sqlite_app.run(*shlex.split(arguments), patches=patches)
+        assert done.wait() == 0, done.stderr
+
+
+def test_the_command_that_kills_kills(tmp_path: Path) -> None:
+    [command] = re.findall(r"`(pkill [^`]+)`", README)
+    name = f"Three{os.getpid()}"  # nobody else's
+    command = command.replace("Three", name)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "agent.py", name],
+        cwd=copy_app(tmp_path),
+        env={**ENVIRONMENT, "DEMO_LATENCY": "5"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert any("step 2" in line for line in process.stdout)
+        subprocess.run(shlex.split(command), check=True)
+    assert process.returncode == -signal.SIGKILL
+    again = run(tmp_path, "agent.py", name)
+    assert "resumes after 1 finished step." in again.stdout.replace("\n", " ")
+
+
 def test_the_web_service_runs_and_finds_its_runs_again_after_it_was_killed(tmp_path: Path) -> None:
     [example] = blocks("python")
     (copy_app(tmp_path) / "service.py").write_text(example)
