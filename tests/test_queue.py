@@ -176,7 +176,7 @@ def test_a_worker_that_cannot_store_how_a_run_ended_says_so_and_ends(
     app = app_without_database  # others share theirs
     enqueue(app, "Acme", "Globex")
     worker = app.start("--worker", "w1", WAIT_AT="before outcome SUCCESS")
-    app.until_effects(8)
+    wait_for(lambda: len(app.ledger("stored")) == 8, "all steps of both to be stored")
     app.until("waiting before outcome SUCCESS")
     app.rows("ALTER TABLE {dbos}workflow_status RENAME TO damaged")
     app.open_gate()
