@@ -581,7 +581,8 @@ def keep(settings: Settings, executor_id: str, lock: sqlalchemy.Connection) -> N
         try:
             lock.exec_driver_sql("SELECT 1")
         except sqlalchemy.exc.SQLAlchemyError:
-            with suppress(sqlalchemy.exc.SQLAlchemyError):
+            # Under the recovery lock, or else is_alive() might hold this one for a moment.
+            with suppress(sqlalchemy.exc.SQLAlchemyError), recovery_lock(settings):
                 again = try_lock(settings, executor_id)
                 if not isinstance(again, sqlalchemy.Connection):
                     print("error: another process has taken this name over", file=sys.stderr)
