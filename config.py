@@ -142,7 +142,7 @@ class Settings:
         Raises:
             ResearchError: A name is unfit; the text says which.
         """
-        if "-" in names[1:] or (names[0] == "-" and len(names) > 1):
+        if "-" in names and len(names) > 1:
             raise ResearchError(
                 '"-" reads the names from standard input: give no others beside it.'
             )
@@ -160,11 +160,10 @@ class Settings:
             try:
                 request = self.request(name, bucket)
             except ResearchError as error:
-                if names == ["-"]:
-                    raise ResearchError(f"line {number}: {error}") from None
-                raise ResearchError(
-                    f"name {number}: {error}" if names[1:] else f"{error}"
-                ) from None
+                if names == [name]:
+                    raise
+                unit = "line" if names == ["-"] else "name"
+                raise ResearchError(f"{unit} {number}: {error}") from None
             requests.setdefault(derive_run_id(request), request)
         if not requests:
             raise ResearchError("there is no company on standard input: give one a line.")

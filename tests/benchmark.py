@@ -1,12 +1,12 @@
-"""Measure what agent.py costs beside DBOS and Pydantic AI alone. It takes some three minutes.
+"""Measure what agent.py costs beside DBOS and Pydantic AI alone. It takes some two minutes.
 
     uv run python tests/benchmark.py                   # on SQLite
     uv run python tests/benchmark.py --postgres        # on a PostgreSQL that comes as a package
     uv run python tests/benchmark.py --postgres URL    # on that server, in databases of its own
 
 Times differ from machine to machine and from minute to minute. So each figure has a baseline, the
-same libraries without our code, and both take turns: the ratio is the median of neighbours' ratios.
-The server behind a URL must allow 200 connections: DBOS opens up to 20 in each process.
+same libraries without our code, and both are measured at once or by turns, pair by pair. The ratio
+is the median of the pairs' ratios.
 """
 
 import argparse
@@ -32,10 +32,12 @@ from statistics import median
 from typing import Any
 
 from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy.exc import SQLAlchemyError
 
 PROJECT = Path(__file__).resolve().parent.parent
-ROUNDS = 4  # of each measurement; the first is a warm-up, and is not counted
-RUNS = 10  # in a round of runs one after another
+ROUNDS = 3  # of each measurement, after a warm-up
+TURNS = 10  # of runs one after another: short ones, because a machine's speed changes
+RUNS = 5  # in a turn
 BATCH = 40  # runs in a round of concurrent ones
 IMPORTS = """
 import os
@@ -46,6 +48,8 @@ from pydantic_ai.models.function import FunctionModel
 DBOS(config={"name": "baseline", "system_database_url": os.environ["DBOS_SYSTEM_DATABASE_URL"]})
 DBOS.launch()
 """
+Pair = tuple[float, float]
+"""Of this project, and of the libraries alone."""
 Work = Callable[[list[str]], Coroutine[Any, Any, None]]
 Child = subprocess.Popen[str]
 
@@ -160,7 +164,7 @@ def prepare_plain(kind: str) -> Work:
             with SetWorkflowID(run_id):
                 handles.append(await queue.enqueue_async(workflow, request.prompt, deps=None))
         for handle in handles:
-            await handle.get_result()
+            await handle.get_result(polling_interval_sec=0.1)
 
     return batch
 
@@ -215,11 +219,17 @@ class Place:
             sys.exit(f"{child.args!r} ended with {child.returncode}, not {code}")
         return mebibytes(usage)
 
-    def run(self, database: str, *arguments: str) -> tuple[float, float]:
-        """Run Python to its end; return the seconds and its peak memory."""
-        began = time.perf_counter()
-        memory = self.end(self.start(database, *arguments))
-        return time.perf_counter() - began, memory
+    def race(self, commands: dict[str, list[str]], code: int = 0) -> tuple[Pair, Pair]:
+        """Run Python twice at once, on these databases; return the seconds and peak memories."""
+
+        def run(database: str) -> tuple[float, float]:
+            began = time.perf_counter()
+            memory = self.end(self.start(database, *commands[database]), code)
+            return time.perf_counter() - began, memory
+
+        with ThreadPoolExecutor() as pool:
+            (ours, our_memory), (plain, plain_memory) = pool.map(run, commands)
+        return (ours, plain), (our_memory, plain_memory)
 
     def serve(self, *kinds: str) -> list[Child]:
         """Start children that do what `ask` asks for; return them when all are ready."""
@@ -270,6 +280,9 @@ def open_place(postgres: str | None) -> Iterator[Place]:
             server.stop()
             server.start()
         place = Place(folder, driver(postgres) if postgres else None)
+        if place.postgres and int(query(place.postgres, "SHOW max_connections")) < 200:
+            # DBOS opens up to 20 in each of eight processes.
+            sys.exit("this server allows too few connections: set its max_connections to 200")
         try:
             yield place
         finally:
@@ -309,13 +322,14 @@ class Table:
     rows: list[str] = field(default_factory=list)
     ratios: dict[str, list[float]] = field(default_factory=dict)
 
-    def add(self, name: str, ours: list[float], plain: list[float], digits: int = 0) -> None:
+    def add(self, name: str, pairs: list[Pair], digits: int = 0) -> None:
         """Print a figure, and keep it as a row."""
-        ratios = [our / base for our, base in zip(ours, plain, strict=True)]
+        ratios = [ours / plain for ours, plain in pairs]
+        ours, plain = ([pair[side] for pair in pairs] for side in (0, 1))
         cells = [name, spread(ours, digits), spread(plain, digits), spread(ratios, 2)]
         self.rows.append(f"| {' | '.join(cells)} |")
         self.ratios[name] = ratios
-        print("{:<46}{:>24}{:>24}{:>22}".format(*cells), flush=True)
+        print("{:<46}{:>26}{:>26}{:>22}".format(*cells), flush=True)
 
     def contradictions(self) -> Iterator[str]:
         """Compare the README's ratios with these; a tenth more or less is chance."""
@@ -334,88 +348,87 @@ def spread(values: list[float], digits: int) -> str:
     return f"{median(values):,.{digits}f}{extremes}"
 
 
-def columns(rounds: list[list[float]]) -> list[list[float]]:
-    """Turn what was measured round by round into kind by kind."""
-    return [list(column) for column in zip(*rounds, strict=True)]
-
-
-def measure_processes(place: Place, table: Table) -> None:
-    """Measure whole processes: their seconds and their memory."""
-    place.run("ours", "agent.py", "Warm-up")
-    alone = ["benchmark.py", "--alone"]
-    rounds: list[list[float]] = []
+def measure_processes(place: Place, table: Table) -> float:
+    """Measure whole processes, two at a time; return the imports' peak memory."""
+    imports, alone = ["-c", IMPORTS], ["benchmark.py", "--alone"]
+    place.race({"ours": ["agent.py", "Warm-up"], "imports": imports})
+    firsts, replays, resumes = [], [], []
     for n in range(ROUNDS):
-        crash = [f"K{n}", "--crash"]
-        killed = [place.start("ours", "agent.py", *crash), place.start("plain", *alone, *crash)]
-        for child in killed:
-            place.end(child, -signal.SIGKILL)
-        rounds.append([])
-        rounds[-1] += place.run("ours", "agent.py", f"Company {n}")
-        rounds[-1] += place.run("imports", "-c", IMPORTS)
-        rounds[-1] += place.run("ours", "agent.py", f"Company {n}")
-        rounds[-1] += place.run("ours", "agent.py", f"K{n}")
-        rounds[-1] += place.run("plain", *alone, f"K{n}")
-    first, first_memory, imports, imports_memory, replay, _, resume, _, plain, _ = columns(
-        rounds[1:]
+        ours, killed = ["agent.py", f"Company {n}"], f"Killed {n}"
+        firsts.append(place.race({"ours": ours, "imports": imports}))
+        replays.append(place.race({"ours": ours, "imports": imports}))
+        crash = {"ours": ["agent.py", killed, "--crash"], "plain": [*alone, killed, "--crash"]}
+        place.race(crash, -signal.SIGKILL)
+        resumes.append(place.race({"ours": ["agent.py", killed], "plain": [*alone, killed]}))
+    table.add("first run: whole process, s", [seconds for seconds, _ in firsts], 2)
+    table.add("replay: whole process, s", [seconds for seconds, _ in replays], 2)
+    beside = [(ours[0], first[1]) for (ours, _), (first, _) in zip(resumes, firsts, strict=True)]
+    table.add("resume after SIGKILL: whole process, s", beside, 2)
+    more = [ours - base for ours, base in beside]
+    print(f"  That is {spread(more, 2)} s more than the imports: a resumed run goes through a")
+    print("  DBOS queue, and the thread that serves queues looks for new ones once a second.")
+    table.add(
+        "the same, beside a resume by DBOSAgent alone", [seconds for seconds, _ in resumes], 2
     )
-    table.add("first run: whole process, s", first, imports, 2)
-    table.add("replay: whole process, s", replay, imports, 2)
-    table.add("resume after SIGKILL: whole process, s", resume, imports, 2)
-    more = [ours - base for ours, base in zip(resume, imports, strict=True)]
-    print(f"  That is {spread(more, 2)} s more: a resumed run goes through a DBOS queue,")
-    print("  and the thread that serves queues looks for new ones once a second.")
-    table.add("the same, beside a resume by DBOSAgent alone", resume, plain, 2)
-    table.add("one run: peak memory, MiB", first_memory, imports_memory)
+    table.add("one run: peak memory, MiB", [peaks for _, peaks in firsts])
+    return median(peak for _, (_, peak) in firsts)
 
 
 def measure_runs(place: Place, table: Table) -> None:
     """Measure one run after another in a warm process, and what they store."""
     kinds = ["ours_runs", "plain_runs", "plain_undurable"]
     rounds: list[list[float]] = []
-    grown = dict.fromkeys(kinds[:2], 0)
-    for _ in range(3):  # of two processes that do the same, one is faster by chance, to its end
+    stored: list[Pair] = []
+    for _ in range(
+        ROUNDS
+    ):  # of two processes that do the same, one is faster by chance, to its end
         children = place.serve(*kinds)
         for child in children:
-            place.ask(child, RUNS)  # a warm-up
-        empty = {kind: place.size(kind) for kind in grown}
+            place.ask(child, 10)  # a warm-up
+        empty = [place.size(kind) for kind in kinds[:2]]
         rounds += [
-            [place.ask(child, RUNS)[0] / RUNS * 1000 for child in children] for _ in range(ROUNDS)
+            [place.ask(child, RUNS)[0] / RUNS * 1000 for child in children] for _ in range(TURNS)
         ]
-        for kind, size in empty.items():
-            grown[kind] += place.size(kind) - size
+        grown = [place.size(kind) - size for kind, size in zip(kinds, empty, strict=False)]
+        stored.append((grown[0] / RUNS / TURNS, grown[1] / RUNS / TURNS))
         place.kill_children()
-    ours, plain, undurable = columns(rounds)
-    table.add("one run in a warm process, ms", ours, plain, 1)
-    table.add("the same, beside a run that is not durable", ours, undurable, 1)
-    our_bytes, plain_bytes = (size / (RUNS * len(rounds)) for size in grown.values())
-    table.add("database, bytes a run", [our_bytes], [plain_bytes])
+    table.add("one run in a warm process, ms", [(ours, plain) for ours, plain, _ in rounds], 1)
+    table.add(
+        "the same, beside a run that is not durable", [(ours, not_) for ours, _, not_ in rounds], 1
+    )
+    table.add("database, bytes a run", stored)
 
 
-def measure_batches(place: Place, table: Table) -> None:
+def measure_batches(place: Place, table: Table, imports: float) -> None:
     """Measure the memory of batches, and the runs a second of one, two and four processes."""
     kinds = ["ours_batch", "plain_batch"]
     leaders = place.serve(*kinds)
-    for size in (100, 1000):
-        with ThreadPoolExecutor() as pool:  # side by side: their times do not count
-            ours, plain = (peak for _, peak in pool.map(place.ask, leaders, [size, size]))
-        table.add(f"batch of {size:,}: peak memory, MiB", [ours], [plain])
+    _, hundred = place.ask(leaders[0], 100)
+    with ThreadPoolExecutor() as pool:  # side by side: their times do not count
+        ours, plain = (peak for _, peak in pool.map(place.ask, leaders, [1000, 1000]))
+    table.add("batch of 1,000: peak memory, MiB", [(ours, imports)])
+    table.add("the same, beside DBOSAgent alone", [(ours, plain)])
+    table.add("the same, beside a batch of 100", [(ours, hundred)])
     last = "SELECT max(completed_at_epoch_ms) FROM " + "dbos." * bool(place.postgres)
-    alone = 0.0
+    medians = []
     for processes, more in [(1, 0), (2, 1), (4, 2)]:
         place.serve(*kinds * more)  # they take runs from the same queues
-        rounds: list[list[float]] = []
+        if more:
+            for leader in leaders:
+                place.ask(leader, BATCH)  # a warm-up
+        rounds: list[Pair] = []
         for _ in range(ROUNDS):
-            rounds.append([])
+            rates = []
             for kind, leader in zip(kinds, leaders, strict=True):
                 began = time.time()
                 place.ask(leader, BATCH)
                 # Who waits for a batch looks now and then; this is when its last step ended.
                 ended = query(place.url(kind), last + "operation_outputs") / 1000
-                rounds[-1].append(BATCH / (ended - began))
-        rates = columns(rounds[1:])
-        table.add(f"runs a second, processes: {processes}", rates[0], rates[1], 1)
-        alone = alone or median(rates[0])
-    print(f"  Four processes do {median(rates[0]) / alone:.1f} times the runs of one.")
+                rates.append(BATCH / (ended - began))
+            rounds.append((rates[0], rates[1]))
+        table.add(f"runs a second, processes: {processes}", rounds, 1)
+        medians.append(median(ours for ours, _ in rounds))
+    print(f"  Four processes do {medians[-1] / medians[0]:.1f} times the runs of one.")
     place.kill_children()
 
 
@@ -451,13 +464,16 @@ def main() -> None:
         return
     began = time.monotonic()
     table = Table()
-    with open_place(options.postgres) as place:
-        print(describe(place), flush=True)
-        measure_processes(place, table)
-        measure_runs(place, table)
-        measure_batches(place, table)
+    try:
+        with open_place(options.postgres) as place:
+            print(describe(place), flush=True)
+            imports = measure_processes(place, table)
+            measure_runs(place, table)
+            measure_batches(place, table, imports)
+    except SQLAlchemyError as error:
+        sys.exit(f"the server cannot be used: {getattr(error, 'orig', error)}")
     print(f"\nIt took {time.monotonic() - began:.0f} s.\n")
-    print("| median (lowest to highest) | this project | libraries alone | ratio |")
+    print("| median (lowest to highest) | this project | baseline | ratio |")
     print("|---|---|---|---|", *table.rows, sep="\n")
     print("", *table.contradictions(), sep="\n")
 
