@@ -1,4 +1,4 @@
-"""Measure what agent.py costs beside DBOS and Pydantic AI alone. It takes some two minutes.
+"""Measure what agent.py costs beside DBOS and Pydantic AI alone. It takes two minutes and a bit.
 
     uv run python tests/benchmark.py                   # on SQLite
     uv run python tests/benchmark.py --postgres        # on a PostgreSQL that comes as a package
@@ -36,7 +36,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 PROJECT = Path(__file__).resolve().parent.parent
 ROUNDS = 3  # of whole processes, and of new processes for runs one after another
-TURNS = 10  # of such a process: short ones, because a machine's speed changes
+TURNS = 6  # of such a process: short ones, because a machine's speed changes
 RUNS = 5  # in a turn
 BATCH = 40  # runs at once
 IMPORTS = """
@@ -370,9 +370,10 @@ def measure_processes(place: Place, table: Table) -> float:
         ours, killed = ["agent.py", f"Company {n}"], [f"Killed {n}", f"Killed {n} too"]
         firsts.append(place.race({"ours": ours, "imports": imports}))
         replays.append(place.race({"ours": ours, "imports": imports}))
-        for name in killed:
-            place.end(place.start("ours", "agent.py", name, "--crash"), -signal.SIGKILL)
-        place.end(place.start("plain", *alone, killed[0], "--crash"), -signal.SIGKILL)
+        crashes = [place.start("ours", "agent.py", name, "--crash") for name in killed]
+        crashes.append(place.start("plain", *alone, killed[0], "--crash"))
+        for child in crashes:
+            place.end(child, -signal.SIGKILL)
         resumes.append(place.race({"ours": ["agent.py", killed[1]], "imports": imports}))
         resumes_alone.append(
             place.race({"ours": ["agent.py", killed[0]], "plain": [*alone, killed[0]]})
