@@ -131,10 +131,11 @@ def test_the_real_command_runs_from_any_directory_and_loads_no_providers_client(
     for name in ("agent.py", "tools.py", "config.py"):
         (tmp_path / name).write_bytes((PROJECT / name).read_bytes())
     code = (
-        "import runpy, sys; sys.argv = ['agent.py']\n"
+        "import gc, runpy, sys; sys.argv = ['agent.py']\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "try: runpy.run_path(sys.path[0] + '/agent.py', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert gc.isenabled()  # it is off only while importing\n"
         "print('LOADED', {'openai', 'anthropic'} & set(sys.modules))"
     )
     run = subprocess.run(
