@@ -491,6 +491,12 @@ def main() -> None:
     if options.child:
         serve(options.child)
         return
+    if (
+        options.postgres is None
+        and sys.version_info >= (3, 12)
+        and sqlite3.sqlite_version_info < (3, 42)
+    ):
+        sys.exit("On this Python, DBOS without agent.py needs SQLite 3.42: add --postgres")
     began = time.monotonic()
     table = Table()
     try:
