@@ -406,7 +406,7 @@ async def research(
             tell("new")
         while handle is None:
             handle = await move_on(executor, request, run_id, tell)
-        result = await handle.get_result(polling_interval_sec=0.1)
+        result = await handle.get_result(polling_interval_sec=0.05)
         return ResearchRun(run_id, result.output, tools.attempts.pop(run_id, {}))
     except ResearchError:
         raise
@@ -474,7 +474,7 @@ def resume(
             return owner
         # Runs that are resumed without a queue go to one that every process takes from.
         queue = DBOS.register_queue(
-            executor.queue, polling_interval_sec=0.1, on_conflict="never_update"
+            executor.queue, polling_interval_sec=0.05, on_conflict="never_update"
         ).name
         if failure := find_failure(stored, steps):
             # Resuming a failed run only raises its stored error again. Rewinding deletes the failed

@@ -96,7 +96,7 @@ def run_alone(name: str, crash: bool) -> None:
         [run_id] = config.load_settings().requests([name])
         # run() would look for the result once a second.
         handle: WorkflowHandleAsync[object] = await DBOS.retrieve_workflow_async(run_id)
-        await handle.get_result(polling_interval_sec=0.1)
+        await handle.get_result(polling_interval_sec=0.05)
 
     if crash:
         vars(tools.service)["financials"] = die
