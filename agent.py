@@ -768,9 +768,9 @@ def print_run(run: ResearchRun) -> None:
             requests += is_model_step(step)
             tokens += answer.usage.total_tokens if answer else 0
             seconds += took
-    print_line(
-        f"Saved by checkpoints: model requests {requests}, tokens {tokens}, seconds {seconds:.1f}"
-    )
+    saved = f"model requests {requests}, tokens {tokens}, seconds {seconds:.1f}"
+    # The first step is a model request, so without one nothing was restored.
+    print_line(f"Saved by checkpoints: {saved if requests else 'nothing, every step ran'}")
 
 
 def is_model_step(step: StepInfo) -> bool:

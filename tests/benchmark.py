@@ -39,7 +39,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 ROUNDS = 3  # of whole processes, and of new processes for runs one after another
 TURNS = 6  # of such a process: short ones, because a machine's speed changes
 RUNS = 5  # in a turn
-BATCH = 40  # runs at once
+BATCH = 40  # runs that are enqueued at once, ten for each of four processes
 IMPORTS = """
 import gc, os, sys
 if "frugal" in sys.argv:

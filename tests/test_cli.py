@@ -147,6 +147,7 @@ def test_the_real_command_runs_from_any_directory_and_loads_no_providers_client(
         check=True,
     )
     assert "Quantum Compute Corp" in run.stdout
+    assert "Saved by checkpoints: nothing, every step ran\n" in run.stdout
     assert run.stdout.splitlines()[-1] == "LOADED set()"
     assert (tmp_path / "research.sqlite").exists()
 
