@@ -1,30 +1,46 @@
-"""Settings and requests: the one place that reads the environment, and how a run gets its ID.
+"""What the environment decides: the settings, the identity of a run, the model and the database.
 
 Importing this module reads nothing; `load_settings()` does, once, when a program starts.
 """
 
 import hashlib
+import inspect
 import json
 import os
 import re
-import sys
+import sqlite3
+import textwrap
+import time
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import sqlalchemy
+from dbos import DBOS, DBOSClient
+from dbos import error as dbos_error
 from dotenv import load_dotenv
 from dotenv.parser import parse_stream
+from filelock import FileLock, Timeout
+from pydantic_ai.exceptions import UserError
+from pydantic_ai.models import Model, infer_model
+from pydantic_ai.models.function import FunctionModel
 from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
+import tools
+
+APP_NAME = "durable-research-agent"
 PROJECT = Path(__file__).resolve().parent
 
 # DBOS resumes a run only under the application version that started it. By default that is a hash
 # of the workflow's source, here pydantic-ai's own, and of the dbos release, so an upgrade of either
 # would strand every unfinished run: it would wait silently for ever. Raise APP_VERSION when runs in
 # flight could not continue under the new code: other steps, another order, other stored types.
-APP_VERSION = "1"
+APP_VERSION = "2"
 
 MODEL_BY_KEY = {
     "OPENROUTER_API_KEY": "openrouter:openai/gpt-5.4-mini",
@@ -38,6 +54,9 @@ class ResearchError(Exception):
     """A problem that a person can fix. The text says what is wrong and what to do."""
 
     exit_code = 2
+
+
+# ---------------------------------------------------------------- requests and run IDs
 
 
 @dataclass(frozen=True)
@@ -72,9 +91,11 @@ def derive_run_id(request: ResearchRequest) -> str:
         A prefix for people and 16 hexadecimal digits of SHA-256, such as
         `research-acme-0123456789abcdef`: the same on every machine and every Python.
     """
+    parts = [request.tenant_id, request.user_id, normalize(request.prompt), request.model]
+    parts += [request.bucket, tools.INSTRUCTIONS]
+    # The model reads the tools' docstrings, so they are part of the question as well.
+    parts += [f"{tool.__name__}: {inspect.getdoc(tool)}" for tool in tools.TOOLS]
     # JSON keeps the parts apart; joined to one string, "ab" + "c" would equal "a" + "bc".
-    parts = [request.tenant_id, request.user_id, "research", normalize(request.prompt)]
-    parts += [request.model, request.bucket]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     letters = unicodedata.normalize("NFKD", normalize(request.company)).encode("ascii", "ignore")
     name = re.sub(r"[^a-z0-9]+", "-", letters.decode()).strip("-")[:24].strip("-")
@@ -87,17 +108,11 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
-def clean_text(what: str, text: str, *, limit: int = 100) -> str:
-    """Return `text` without stray spaces; raise `ResearchError` if it is empty or unfit.
-
-    Args:
-        what: Names the text in the error.
-        text: What somebody typed.
-        limit: The most characters it may have.
-    """
+def clean_text(what: str, text: str) -> str:
+    """Return what somebody typed without stray spaces; raise `ResearchError` if it is unfit."""
     text = text.strip()
-    if not 0 < len(text) <= limit:
-        raise ResearchError(f"{what} has {len(text)} characters: give it 1 to {limit}.")
+    if not 0 < len(text) <= 100:
+        raise ResearchError(f"{what} has {len(text)} characters: give it 1 to 100.")
     for character in text:
         # Category C: control, invisible, surrogate and unassigned. Unassigned ones are refused
         # because a later Python may fold them to another ID. Some languages need joiners.
@@ -105,6 +120,9 @@ def clean_text(what: str, text: str, *, limit: int = 100) -> str:
             code = f"U+{ord(character):04X}"
             raise ResearchError(f"{what} contains the control character {code}: remove it.")
     return " ".join(text.split())
+
+
+# ---------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
@@ -119,55 +137,14 @@ class Settings:
     """Chance, 0 to 1, that one attempt of the flaky tool fails."""
     latency: float
     """Seconds, 0 to 10, that a simulated call takes."""
-    tracing: bool = False
-    """Whether traces go to Logfire, whose client reads the token by itself."""
+    cost_limit: float
+    """US dollars: a run that has cost more makes no further model request."""
 
     def request(self, company: str, bucket: str = "") -> ResearchRequest:
         """Ask for a report on a company; raise `ResearchError` for a name that is unfit."""
         company = clean_text("the company's name", company)
         bucket = clean_text("the bucket", bucket) if bucket else ""
         return ResearchRequest(self.tenant_id, self.user_id, company, self.model, bucket)
-
-    def requests(self, names: list[str], bucket: str = "") -> dict[str, ResearchRequest]:
-        """Ask for many reports; doubled names are one.
-
-        Args:
-            names: Companies. `["-"]` reads them from standard input: one a line, in UTF-8; blank
-                lines and those that start with `#` are skipped.
-            bucket: As in `ResearchRequest`.
-
-        Returns:
-            Run ID to request, in the order of the names.
-
-        Raises:
-            ResearchError: A name is unfit; the text says which.
-        """
-        if "-" in names and len(names) > 1:
-            raise ResearchError(
-                '"-" reads the names from standard input: give no others beside it.'
-            )
-        numbered = list(enumerate(names, start=1))
-        if names == ["-"]:
-            data = sys.stdin.buffer.read() if sys.stdin else b""
-            try:
-                lines = enumerate(data.decode("utf-8-sig").split("\n"), start=1)
-            except UnicodeDecodeError as error:
-                number = data.count(b"\n", 0, error.start) + 1
-                raise ResearchError(f"line {number} is not UTF-8 text: convert it.") from None
-            numbered = [(n, line) for n, line in lines if line.strip() and line.strip()[0] != "#"]
-        requests: dict[str, ResearchRequest] = {}
-        for number, name in numbered:
-            try:
-                request = self.request(name, bucket)
-            except ResearchError as error:
-                if names == [name]:
-                    raise
-                unit = "line" if names == ["-"] else "name"
-                raise ResearchError(f"{unit} {number}: {error}") from None
-            requests.setdefault(derive_run_id(request), request)
-        if not requests:
-            raise ResearchError("there is no company on standard input: give one a line.")
-        return requests
 
     @property
     def queue(self) -> str:
@@ -181,12 +158,6 @@ class Settings:
         if url.drivername == "sqlite":
             return f"SQLite {Path(url.database or '').name}"
         return f"Postgres {url.database} on {url.host or 'this machine'}"
-
-    @property
-    def pooled_host(self) -> str | None:
-        """The host, if it is Neon's pooled one, which gives no session to hold a lock in."""
-        host = self.database_url.host or ""
-        return host if "-pooler." in host and host.endswith(".neon.tech") else None
 
 
 def load_settings() -> Settings:
@@ -214,9 +185,9 @@ def load_settings() -> Settings:
         database_url=_database_url(),
         tenant_id=clean_text("TENANT_ID", _read("TENANT_ID") or "local"),
         user_id=clean_text("USER_ID", _read("USER_ID") or "local"),
-        failure_rate=_number("DEMO_FAILURE_RATE", "0.7", highest=1),
-        latency=_number("DEMO_LATENCY", "1.0", highest=10),
-        tracing=bool(_read("LOGFIRE_TOKEN")),
+        failure_rate=_number("DEMO_FAILURE_RATE", 0.5, highest=1),
+        latency=_number("DEMO_LATENCY", 1.0, highest=10),
+        cost_limit=_number("COST_LIMIT_USD", 1.0, highest=1_000_000),
     )
 
 
@@ -224,46 +195,203 @@ def _read(key: str) -> str:
     return os.environ.get(key, "").strip()
 
 
-def _number(key: str, default: str, *, highest: int) -> float:
-    text = _read(key) or default
-    try:
-        if 0 <= float(text) <= highest:  # "nan" is not
-            return float(text)
-    except ValueError:
-        pass
-    raise ResearchError(f"{key} is {text[:40]!r}: give a number from 0 to {highest}.")
+def _number(key: str, default: float, *, highest: int) -> float:
+    with suppress(ValueError):
+        number = float(_read(key) or default)
+        if 0 <= number <= highest:  # "nan" is not
+            return number
+    raise ResearchError(f"{key} is {_read(key)[:40]!r}: give a number from 0 to {highest}.")
 
 
 def _database_url() -> URL:
     key = "DBOS_SYSTEM_DATABASE_URL" if _read("DBOS_SYSTEM_DATABASE_URL") else "NEON_DATABASE_URL"
-    text = _read(key)
-    if not text:
-        return URL.create("sqlite", database=str(PROJECT / "research.sqlite"))
-    # No message quotes the URL: it may hold a password.
-    unfit = ResearchError(
+    with suppress(ArgumentError, ValueError):
+        url = make_url(_read(key) or "sqlite:///research.sqlite")
+        kind, options = url.drivername.partition("+")[0], dict(url.query)
+        # In memory, nothing outlives a process. An "@" in the host is the end of a password whose
+        # "@" should be "%40". A password among the options would be logged.
+        if not url.database or url.database.startswith(":") or "@" in (url.host or ""):
+            pass
+        elif kind in ("postgresql", "postgres") and not {"password", "sslpassword"} & {*options}:
+            # A server that does not answer is given up soon. DBOS tries twice, and every address.
+            options = {"connect_timeout": "3"} | options
+            return url.set(drivername="postgresql+psycopg", query=options)
+        elif kind == "sqlite" and not options:
+            # Relative to this file: relative to the current directory, a rerun from elsewhere would
+            # find an empty database, and start over. Without links: the lock goes by the path.
+            path = (PROJECT / url.database).resolve()
+            if not path.parent.is_dir():
+                raise ResearchError(
+                    f"{key}: there is no folder {path.parent}. Create or correct it."
+                )
+            return URL.create("sqlite", database=str(path), query={"timeout": "30"})
+    raise ResearchError(  # without quoting the URL, which may hold a password
         f"{key} is not a usable database URL. Percent-encode special characters in it:\n"
         "postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:////absolute/path.sqlite"
     )
+
+
+def build_model(name: str) -> Model:
+    """Return the model of that name; raise `ResearchError` if it cannot be used."""
+    if name == "offline":
+        return FunctionModel(tools.offline_script, model_name=name)
     try:
-        url = make_url(text)
-    except (ArgumentError, ValueError):
-        raise unfit from None
-    kind = url.drivername.partition("+")[0]
-    if not url.database or url.database.startswith(":"):  # in memory, nothing outlives a process
-        raise unfit
-    if kind in ("postgresql", "postgres"):
-        # An "@" in the host is the end of a password whose "@" should be "%40". A password among
-        # the options would be logged.
-        if "@" in (url.host or "") or {"password", "sslpassword"} & url.query.keys():
-            raise unfit
-        # A server that does not answer is given up soon. DBOS tries twice, and every address.
-        options = {"connect_timeout": "3"} | dict(url.query)
-        return url.set(drivername="postgresql+psycopg", query=options)
-    if kind != "sqlite" or url.query:
-        raise unfit
-    # Relative to this file: relative to the current directory, a rerun from elsewhere would find
-    # an empty database, and start over. Without links, because the lock goes by the path.
-    path = (PROJECT / url.database).resolve()
-    if not path.parent.is_dir():
-        raise ResearchError(f"{key}: there is no folder {path.parent}. Create it or correct it.")
-    return url.set(drivername="sqlite", database=str(path))
+        return infer_model(name)
+    except (UserError, ValueError, ImportError) as error:
+        # The name is unknown, or its key or package is missing: the first line says which.
+        reason = str(error).splitlines()[0]
+        raise ResearchError(f"the model {name} cannot be used: {reason}") from error
+
+
+# ---------------------------------------------------------------- the database
+
+DATABASE_ERRORS = (SQLAlchemyError, dbos_error.DBOSInitializationError)
+RELOCK = 5  # seconds after a restart of Postgres, in which live processes take their locks again
+
+
+def open_database(settings: Settings) -> DBOSClient:
+    """Connect to the database; create it, and DBOS's tables in it, if they are missing.
+
+    Raises:
+        ResearchError: The database cannot be used.
+    """
+    url = settings.database_url
+    try:
+        if url.drivername == "sqlite":
+            # Whoever can write to the file can run code in this app: it is its owner's alone.
+            Path(f"{url.database}.locks").mkdir(mode=0o700, exist_ok=True)
+            if not Path(f"{url.database}").exists():
+                Path(f"{url.database}").touch(mode=0o600)
+            if sqlite3.sqlite_version_info < (3, 42):
+                sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _add_unixepoch)
+        else:
+            with suppress(OperationalError):  # perhaps it does not exist: the next line creates it
+                _refuse_transaction_pooler(url)
+        DBOS.migrate(url.render_as_string(hide_password=False))
+        return DBOSClient(
+            system_database_url=url.render_as_string(hide_password=False),
+            application_name=APP_NAME,
+        )
+    except (*DATABASE_ERRORS, OSError) as error:
+        raise database_error(settings, error) from error
+
+
+def database_error(settings: Settings, error: Exception) -> ResearchError:
+    """Describe a database error without the URL, which may hold a password."""
+    reason = textwrap.shorten(str(getattr(error, "orig", error)), 200)
+    return ResearchError(
+        f"the database ({settings.database_label}) cannot be used: {reason}\n"
+        "Fix it or its URL, and run the same command again: what finished is stored."
+    )
+
+
+def _add_unixepoch(connection: Any, _record: Any) -> None:
+    # From Python 3.12 on, dbos 3.4 uses SQLite's unixepoch('subsec'), which came with SQLite 3.42.
+    # Many interpreters are linked to an older one. DBOS stores whole milliseconds.
+    if isinstance(connection, sqlite3.Connection):
+        connection.create_function("unixepoch", 1, lambda _: round(time.time(), 3))
+
+
+def _connect(url: URL) -> sqlalchemy.Connection:
+    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "poolclass": sqlalchemy.NullPool}
+    return sqlalchemy.create_engine(url, **options).connect()
+
+
+def _refuse_transaction_pooler(url: URL) -> None:
+    # Such a pooler gives each transaction another session of the server, and the lock that one
+    # takes stays with the session. Then two open connections share one, or one changes its own.
+    with _connect(url) as one, _connect(url) as other:
+        query = sqlalchemy.text("SELECT pg_backend_pid()")
+        sessions = [connection.scalar(query) for connection in 5 * (one, other)]
+    if sessions != 5 * sessions[:2] or sessions[0] == sessions[1]:
+        raise ResearchError(
+            "the database is behind a pooler in transaction mode, which cannot hold a lock.\n"
+            "Use the server's direct address (Neon: the host without -pooler), or session mode."
+        )
+
+
+@contextmanager
+def take_lock(url: URL, name: str) -> Iterator[bool]:
+    """Take a lock, tell whether no live process has it, and let go of it at the end.
+
+    On SQLite a lock is a file beside the database, on Postgres it belongs to a session. The system
+    or the server frees it when the process that holds it dies, however it dies.
+    """
+    if url.drivername == "sqlite":
+        with _take_file(_lock_file(url, name)) as taken:
+            yield taken
+    else:
+        with _connect(url) as connection:
+            yield bool(connection.scalar(_try_lock(name)))
+
+
+def hold_lock(url: URL, name: str) -> tuple[object, dict[str, Any]]:
+    """Take the lock by which others see that this process lives, and keep it.
+
+    Returns:
+        What holds the lock for as long as it exists, and engine options for DBOS. With these, each
+        of its connections to Postgres holds the lock as well. So it is held again as soon as DBOS
+        has connected again, after a restart of the server or a cut of the network.
+
+    Raises:
+        ResearchError: A live process has that name.
+    """
+    taken = ResearchError(f"a worker named {name} is alive: choose another name.")
+    if url.drivername == "sqlite":
+        for path in _lock_file(url, name).parent.iterdir():
+            with _take_file(path):  # which removes the file, if its process has died
+                pass
+        try:
+            return FileLock(_lock_file(url, name)).acquire(timeout=RELOCK).lock, {}
+        except Timeout:
+            raise taken from None
+    connection, deadline = _connect(url), time.monotonic() + RELOCK
+    while not connection.scalar(_try_lock(name)):  # who only looks has it for a moment
+        if time.monotonic() > deadline:
+            raise taken
+        time.sleep(0.2)
+
+    def share(session: Any, _record: object = None) -> None:
+        # The server must not end the session for being idle. And it must notice within half a
+        # minute, not two hours, that this machine has lost its power or its network.
+        session.execute(
+            "SET idle_session_timeout = 0; SET tcp_keepalives_idle = 15;"
+            "SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;"
+            f"SELECT pg_advisory_lock_shared({_lock_key(name)})"
+        )
+        session.commit()
+
+    share(connection.connection.driver_connection)
+    connection.exec_driver_sql(f"SELECT pg_advisory_unlock({_lock_key(name)})")
+    return connection, {"pool_events": [(share, "connect")]}
+
+
+def _lock_key(name: str) -> int:
+    # DBOS resumes the runs of its own version only, so other versions have other locks.
+    digest = hashlib.sha256(f"{APP_NAME}:{APP_VERSION}:{name}".encode())
+    return int(digest.hexdigest()[:15], 16)
+
+
+def _lock_file(url: URL, name: str) -> Path:
+    return Path(f"{url.database}.locks", f"{_lock_key(name)}")
+
+
+@contextmanager
+def _take_file(path: Path) -> Iterator[bool]:
+    lock = FileLock(path)
+    with suppress(Timeout):
+        lock.acquire(blocking=False)
+    try:
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            path.unlink()  # before the release, for FileLock takes no lock on a removed file
+            lock.release()
+
+
+def _try_lock(name: str) -> sqlalchemy.TextClause:
+    # A restart of the server frees every lock. So it is not to be had until live processes have
+    # connected again.
+    uptime = "extract(epoch FROM now() - pg_postmaster_start_time())"
+    lock = f"pg_try_advisory_lock({_lock_key(name)})"
+    return sqlalchemy.text(f"SELECT CASE WHEN {uptime} > {RELOCK} THEN {lock} ELSE false END")

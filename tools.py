@@ -1,4 +1,4 @@
-"""The agent's two tools, each a DBOS step, and every type that is stored in a checkpoint.
+"""The agent's two tools, each a DBOS step, every type that is stored, and all that is simulated.
 
 A step's result is stored when its function returns. A resumed run takes the stored result and
 does not enter the function again, so what a function's body prints was printed by real work.
@@ -14,14 +14,18 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dbos import DBOS
 from dbos import error as dbos_error
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_ai import ModelRetry
+from pydantic_ai import messages as ai
+from pydantic_ai.models.function import AgentInfo
+
+# ---------------------------------------------------------------- what is stored
 
 Notice = Literal["Invented for this tutorial: not facts about a real company."]
 
@@ -66,11 +70,19 @@ class MalformedPayloadError(Exception):
     """The service answered with something other than it promises."""
 
 
-narration: Literal["of one run", "of many", "off"] = "of one run"
-"""Whose steps this process prints. Of many runs, each line names its run."""
+# ---------------------------------------------------------------- what steps print
 
-attempts: dict[str | None, dict[int | None, int]] = {}
-"""Workflow ID to step ID to attempts: how often this process entered the step's body."""
+
+@dataclass
+class Progress:
+    """What this process tells of the steps that it executes."""
+
+    show: Literal["one run", "many runs", "nothing"] = "one run"
+    attempts: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Run ID to step ID to attempts: how often this process has entered the step's body."""
+
+
+progress = Progress()
 
 
 def print_line(text: str) -> None:
@@ -83,30 +95,113 @@ def print_line(text: str) -> None:
 
 def print_in_step(message: str) -> None:
     """Print progress from inside a step. A restored step prints nothing: that is the proof."""
-    status = DBOS.step_status
-    if status is not None:
-        attempt = (status.current_attempt or 0) + 1
+    run_id, step, status = DBOS.workflow_id or "", DBOS.step_id or 0, DBOS.step_status
+    if status is not None and status.current_attempt is not None:
+        attempt = status.current_attempt + 1
         message += f" (attempt {attempt} of {status.max_attempts})" if attempt > 1 else ""
-        if narration == "of one run":
-            counts = attempts.setdefault(DBOS.workflow_id, {})
-            counts[DBOS.step_id] = max(attempt, counts.get(DBOS.step_id, 0))
-    if narration != "off":
-        run = f"{DBOS.workflow_id} " if narration == "of many" else ""
-        print_line(f"  {run}step {DBOS.step_id}: {message}")
+        progress.attempts.setdefault(run_id, {})[step] = attempt
+        if len(progress.attempts) > 1000:  # the oldest run has ended long ago
+            del progress.attempts[next(iter(progress.attempts))]
+    if progress.show != "nothing":
+        print_line(f"  {f'{run_id} ' * (progress.show == 'many runs')}step {step}: {message}")
 
 
-def retry_on(*transient: type[Exception]) -> Callable[[BaseException], bool]:
-    """Return a `should_retry` predicate that prints each failure and retries transient ones.
+def retry(
+    passing: tuple[type[Exception], ...],
+    lasting: tuple[type[Exception], ...] = (),
+    *,
+    attempts: int,
+    first_wait: float,
+    backoff: float,
+) -> dict[str, Any]:
+    """Return `@DBOS.step` options that retry passing errors, and print each failure and each wait.
 
-    Without a predicate, `retries_allowed=True` retries every exception: a refused key, and even a
-    `ModelRetry`, which then fails the run instead of reaching the model.
+    Without `should_retry`, DBOS retries every exception: a refused key, and even a `ModelRetry`,
+    which then fails the run instead of reaching the model. Lasting errors are those kinds of
+    passing ones that do not pass. Waits are in seconds, each `backoff` times the one before.
     """
 
     def should_retry(error: BaseException) -> bool:
-        print_in_step(f"failed with {type(error).__name__}: {error}"[:150])
-        return isinstance(error, transient)
+        again = isinstance(error, passing) and not isinstance(error, lasting)
+        attempt = progress.attempts.get(DBOS.workflow_id or "", {}).get(DBOS.step_id or 0, 1)
+        told = f"failed with {type(error).__name__}: {error}"[:150]
+        if again and attempt < attempts:
+            told += f"; next attempt in {first_wait * backoff ** (attempt - 1):.1f} s"
+        print_in_step(told)
+        return again
 
-    return should_retry
+    waits = {"max_attempts": attempts, "interval_seconds": first_wait, "backoff_rate": backoff}
+    return {"retries_allowed": True, "should_retry": should_retry, **waits}
+
+
+# ---------------------------------------------------------------- the two tools
+
+
+def step_key() -> str:
+    """Return the idempotency key of this step: the same in every attempt and every rerun.
+
+    A step that is killed after its side effect but before its checkpoint is stored runs again. A
+    service that honours the key treats both requests as one.
+    """
+    return f"{DBOS.workflow_id}:{DBOS.step_id}"
+
+
+@DBOS.step(timeout_seconds=30)
+async def fetch_company_overview(company_name: str) -> CompanyOverview:
+    """Look up what a company does, its age and its size.
+
+    Args:
+        company_name: The company's full name, as the user gave it.
+    """
+    print_in_step("fetch_company_overview calls the service")
+    try:
+        payload = await service.overview(company_name, step_key())
+    except LookupError as error:
+        raise ModelRetry(f"{error}: check the name and call again") from None
+    return CompanyOverview.model_validate(payload)
+
+
+PASSING = (
+    ConnectionError,
+    TimeoutError,
+    dbos_error.DBOSStepTimeoutError,  # raised by `timeout_seconds`; it is not a TimeoutError
+    RateLimitError,
+    MalformedPayloadError,
+)
+
+
+# Nine waits, from 0.5 to 12.8 s, are 37 s in all. With DBOS's default backoff of 2 it is 256 s.
+@DBOS.step(timeout_seconds=30, **retry(PASSING, attempts=10, first_wait=0.5, backoff=1.5))
+async def fetch_financial_metrics(company_name: str) -> FinancialMetrics:
+    """Look up a company's revenue, growth and margin.
+
+    Args:
+        company_name: The company's full name, as the user gave it.
+    """
+    print_in_step("fetch_financial_metrics calls the service")
+    try:
+        payload = await service.financials(company_name, step_key())
+        return FinancialMetrics.model_validate(payload)
+    except LookupError as error:  # it goes back to the model, which can mend it: no retry
+        raise ModelRetry(f"{error}: check the name and call again") from None
+    except ValidationError:  # its text quotes the payload, and the checkpoint would too
+        raise MalformedPayloadError("the payload lacks what was promised") from None
+
+
+INSTRUCTIONS = """\
+You research companies. Call fetch_company_overview first and fetch_financial_metrics second.
+Then write the report from what they returned, and from nothing else."""
+
+TOOLS: list[Callable[[str], Awaitable[Any]]] = [fetch_company_overview, fetch_financial_metrics]
+
+STEP_TYPES: dict[str, Any] = {
+    "fetch_company_overview": CompanyOverview,
+    "fetch_financial_metrics": FinancialMetrics,
+}
+"""What is read from a checkpoint is validated against these."""
+
+
+# ---------------------------------------------------------------- what is simulated
 
 
 @dataclass
@@ -164,56 +259,28 @@ class SimulatedService:
 service = SimulatedService()
 
 
-def step_key() -> str:
-    """Return the idempotency key of this step: the same in every attempt and every rerun.
-
-    A step that is killed after its side effect but before its checkpoint is stored runs again. A
-    service that honours the key treats both requests as one.
-    """
-    return f"{DBOS.workflow_id}:{DBOS.step_id}"
-
-
-@DBOS.step(timeout_seconds=30)
-async def fetch_company_overview(company_name: str) -> CompanyOverview:
-    """Look up what a company does, its age and its size.
-
-    Args:
-        company_name: The company's full name, as the user gave it.
-    """
-    print_in_step("fetch_company_overview calls the service")
-    try:
-        payload = await service.overview(company_name, step_key())
-    except LookupError as error:
-        raise ModelRetry(f"{error}: check the name and call again") from None
-    return CompanyOverview.model_validate(payload)
-
-
-# Nine waits, from 0.5 to 12.8 s, are 37 s in all. DBOS's default backoff_rate of 2 makes it 256 s.
-@DBOS.step(
-    timeout_seconds=30,
-    retries_allowed=True,
-    max_attempts=10,
-    interval_seconds=0.5,
-    backoff_rate=1.5,
-    should_retry=retry_on(
-        ConnectionError,
-        TimeoutError,
-        dbos_error.DBOSStepTimeoutError,  # by `timeout_seconds`; not a TimeoutError
-        RateLimitError,
-        MalformedPayloadError,
-    ),
-)
-async def fetch_financial_metrics(company_name: str) -> FinancialMetrics:
-    """Look up a company's revenue, growth and margin.
-
-    Args:
-        company_name: The company's full name, as the user gave it.
-    """
-    print_in_step("fetch_financial_metrics calls the service")
-    try:
-        payload = await service.financials(company_name, step_key())
-        return FinancialMetrics.model_validate(payload)
-    except LookupError as error:  # goes back to the model, which can fix it; not retried
-        raise ModelRetry(f"{error}: check the name and call again") from None
-    except ValidationError:  # it quotes the payload, and the checkpoint would too
-        raise MalformedPayloadError("the payload lacks what was promised") from None
+async def offline_script(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.ModelResponse:
+    """Stand in for a model: call each tool, then report what they returned."""
+    await asyncio.sleep(service.latency)
+    parts = [part for message in messages for part in message.parts]
+    prompt = next(str(part.content) for part in parts if isinstance(part, ai.UserPromptPart))
+    company = prompt[prompt.index('"') + 1 : prompt.rindex('"')]
+    facts: dict[str, Any] = {
+        part.tool_name: part.content
+        for part in parts
+        if isinstance(part, ai.ToolReturnPart) and part.outcome == "success"
+    }
+    if missing := [tool.name for tool in info.function_tools if tool.name not in facts]:
+        calls = [ai.ToolCallPart(name, {"company_name": company}) for name in missing]
+        return ai.ModelResponse(parts=calls)
+    overview: CompanyOverview = facts["fetch_company_overview"]
+    metrics: FinancialMetrics = facts["fetch_financial_metrics"]
+    report = ResearchReport(
+        **metrics.model_dump(),
+        industry=overview.industry,
+        summary=f"{company} works in {overview.industry} with {overview.employees} people.",
+        strengths=[f"in business since {overview.founded_year}"],
+        risks=[f"a net margin of {metrics.net_margin_percent} % may not last"],
+    )
+    answer = ai.ToolCallPart(info.output_tools[0].name, report.model_dump())
+    return ai.ModelResponse(parts=[answer])

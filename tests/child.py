@@ -1,8 +1,35 @@
 """What runs in the processes that tests start and kill: agent.py itself, with ears and hooks.
 
 The tests start them from a forkserver that has already imported the libraries, so that a process
-costs a tenth of a second instead of two. The code under test is the product's: only the simulated
-service, the offline script and DBOS's writing of checkpoints are listened to, and killed at.
+costs a tenth of a second instead of two. The code under test is the product's. Replaced are
+
+- the simulated service and the offline script, by ones that note each call and then do the same;
+- DBOS's wait between two attempts of a step, by a hundredth of it, and what is the whole of it is
+  noted: which attempts there are, and what is stored of them, is DBOS's own work as before;
+- the clock of `DBOS.destroy()`, which looks once a second whether all runs have ended.
+
+Everything else only listens: methods of DBOS's system database note that they are entered and left,
+and are done by DBOS. So a kill at one of these points is a real SIGKILL of a real process between
+two real writes, and the judges are outside: the ledger file, the database, a provider's requests.
+
+The points at which a test can kill (KILL_AT), or let a process wait (WAIT_AT) until it opens the
+gate. Each of the first ones has a "before" and an "after":
+
+| point            | the moment                                                                    |
+|------------------|-------------------------------------------------------------------------------|
+| insert NAME      | the run of that company is written, in a transaction that is not yet committed |
+| enqueue          | new runs are stored in a queue                                                |
+| register         | the queue is registered                                                       |
+| launch           | DBOS is launched                                                              |
+| dequeue          | DBOS takes a run from the queue (after: when there was one)                   |
+| body N           | DBOS looks whether step N is stored (after: its body comes next, or not)      |
+| commit N         | the checkpoint of step N is stored                                            |
+| outcome STATUS   | the end of the run is stored                                                  |
+| resume, rewind   | a run that was left is put into a queue                                       |
+| cancel           | a run whose step has failed is made ready for the rewind                      |
+| fork             | a fork of a run is stored                                                     |
+| inside N         | step N has begun, and had no effect yet                                       |
+| after effect N   | step N has had its effect, and has not returned yet                           |
 """
 
 import asyncio
@@ -11,10 +38,9 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 import types
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +50,7 @@ import sqlalchemy
 from dbos import DBOS
 from dbos._sys_db import SystemDatabase
 from pydantic_ai import messages as ai
-from pydantic_ai.models.function import AgentInfo, DeltaToolCalls
+from pydantic_ai.models.function import AgentInfo
 
 import agent
 import config
@@ -87,49 +113,54 @@ class LedgerService(tools.SimulatedService):
 
 def listen_to_model() -> None:
     """Note each request to the offline stand-in."""
-    script = agent.offline_script
+    script = tools.offline_script
 
-    async def noted(
-        messages: list[ai.ModelMessage], info: AgentInfo
-    ) -> AsyncIterator[DeltaToolCalls]:
+    async def noted(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.ModelResponse:
         await reach_async(f"inside {DBOS.step_id}")
         note(f"effect model {DBOS.workflow_id}:{DBOS.step_id}")
         await reach_async(f"after effect {DBOS.step_id}")
-        async for delta in script(messages, info):
-            yield delta
+        return await script(messages, info)
 
-    agent.offline_script = noted
+    tools.offline_script = noted
+
+
+def listen(owner: Any, name: str, what: Callable[[tuple[Any, ...]], str]) -> None:
+    """Note that a function is entered and left, and come past a point before and after it."""
+    function = getattr(owner, name)
+
+    def listened(*args: Any, **kwargs: Any) -> Any:
+        point = what(args)
+        reach(f"before {point}")
+        note(f"try {point}")
+        result = function(*args, **kwargs)
+        if name == "record_operation_result" and args[1]["error"] is None:
+            note(f"stored {args[1]['workflow_uuid']}:{args[1]['function_id']}")
+        if name != "start_queued_workflows" or result[0]:
+            note(f"done {point}")
+            reach(f"after {point}")
+        return result
+
+    setattr(owner, name, listened)
 
 
 def listen_to_database() -> None:
-    """Note each commit, and come past a point before and after every write that matters."""
-
-    def hook(name: str, what: Callable[[tuple[Any, ...]], str]) -> None:
-        write = getattr(SystemDatabase, name)
-
-        def listened(self: Any, *args: Any, **kwargs: Any) -> Any:
-            point = what(args)
-            reach(f"before {point}")
-            note(f"try {point}")
-            result = write(self, *args, **kwargs)
-            if name == "record_operation_result" and args[0]["error"] is None:
-                note(f"stored {args[0]['workflow_uuid']}:{args[0]['function_id']}")
-            if name != "start_queued_workflows" or result[0]:
-                note(f"done {point}")
-                reach(f"after {point}")
-            return result
-
-        setattr(SystemDatabase, name, listened)
-
-    hook("init_workflow", lambda _: "start")
-    hook("check_operation_execution", lambda args: f"body {args[1]}")
-    hook("record_operation_result", lambda args: f"commit {args[0]['function_id']}")
-    hook("update_workflow_outcome", lambda args: f"outcome {args[1]}")
-    hook("resume_workflows", lambda _: "resume")
-    hook("cancel_workflows", lambda _: "cancel")
-    hook("rewind_workflow", lambda _: "rewind")
-    hook("start_queued_workflows", lambda _: "dequeue")
-    hook("init_workflow_with_connection", lambda args: f"insert {args[0]['attributes']['company']}")
+    """Note each write that matters."""
+    listen(agent, "enqueue", lambda _: "enqueue")
+    listen(DBOS, "launch", lambda _: "launch")
+    company = "attributes"
+    for method, what in {
+        "init_workflow_with_connection": lambda args: f"insert {args[1][company]['company']}",
+        "upsert_queue": lambda _: "register",
+        "start_queued_workflows": lambda _: "dequeue",
+        "check_operation_execution": lambda args: f"body {args[2]}",
+        "record_operation_result": lambda args: f"commit {args[1]['function_id']}",
+        "update_workflow_outcome": lambda args: f"outcome {args[2]}",
+        "resume_workflows": lambda _: "resume",
+        "cancel_workflows": lambda _: "cancel",
+        "rewind_workflow": lambda _: "rewind",
+        "fork_workflow": lambda _: "fork",
+    }.items():
+        listen(SystemDatabase, method, what)
 
 
 def listen_to_statements() -> None:
@@ -145,20 +176,10 @@ def listen_to_statements() -> None:
     sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", before)
 
 
-class Impatient:
-    """An event on which nobody waits for longer than a moment."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.is_set = event.is_set
-        self.wait = lambda timeout: event.wait(min(timeout, 0.1))
-
-
-def hasten_queues() -> None:
-    """Let DBOS look for queues, their runs and runs in flight more often than once a second."""
+def hasten_destroy() -> None:
+    """Let `DBOS.destroy()` look more often than once a second whether all runs have ended."""
     clock = types.SimpleNamespace(time=time.time, sleep=lambda wait: time.sleep(min(wait, 0.05)))
     vars(dbos._dbos)["time"] = clock
-    serve = vars(dbos._dbos)["queue_thread"]
-    vars(dbos._dbos)["queue_thread"] = lambda event, engine: serve(Impatient(event), engine)
 
 
 def hasten_retries() -> None:
@@ -172,26 +193,6 @@ def hasten_retries() -> None:
         return invoke(*args, interval_seconds=interval_seconds / 100, **kwargs)
 
     dbos._core.invoke_step = invoke_soon
-
-
-def listen_to_traces() -> None:
-    """Note each span, and send none."""
-    import logfire
-    from opentelemetry.sdk.trace import ReadableSpan
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
-
-    class Noted(SpanExporter):
-        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-            for span in spans:
-                note(f"span {span.name}")
-            return SpanExportResult.SUCCESS
-
-    configure = logfire.configure
-    vars(logfire)["configure"] = lambda **settings: configure(
-        **settings,
-        send_to_logfire=False,
-        additional_span_processors=[SimpleSpanProcessor(Noted())],
-    )
 
 
 def main(
@@ -209,9 +210,10 @@ def main(
     os.environ.update(environment)
     config.PROJECT = Path(environment["HOME"])
     tools.service = LedgerService()
-    vars(agent)["APP_VERSION"] = patches.pop("version", config.APP_VERSION)
+    version = patches.pop("version", config.APP_VERSION)
+    vars(agent)["APP_VERSION"] = vars(config)["APP_VERSION"] = version
     vars(agent)["GRACE"] = patches.pop("grace", agent.GRACE)
-    vars(agent)["RELOCK"] = patches.pop("relock", agent.RELOCK)
+    vars(config)["RELOCK"] = patches.pop("relock", config.RELOCK)
     if stdin := patches.pop("stdin", None):
         sys.stdin = open(stdin)  # noqa: SIM115
     if limit := patches.pop("file_size", None):
@@ -222,10 +224,7 @@ def main(
     listen_to_model()
     listen_to_database()
     listen_to_statements()
-    hasten_queues()
+    hasten_destroy()
     hasten_retries()
-    if "LOGFIRE_TOKEN" in environment:
-        listen_to_traces()
-    signal.signal(signal.SIGINT, agent.end_by_ctrl_c)  # as where agent.py is the main program
     sys.argv = ["agent.py", *arguments]
     sys.exit(agent.main())
