@@ -10,8 +10,8 @@ a step that finished is never repeated.
 
 Read this file from the top. `build_agent()` makes an agent durable. `decide()` keeps the promise:
 it looks in which state a run is, and brings it on its way. An `Executor` is a process that executes
-runs. `research()` uses all three until the runs have ended. The rest is for many companies, for
-what people see, and for the command line.
+runs. `research()` uses all three until the runs have ended. What follows is details, what people
+see, and the command line.
 """
 
 import argparse
@@ -30,9 +30,9 @@ import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from decimal import Decimal
 from functools import partial
 from typing import Any, cast
 
@@ -40,7 +40,7 @@ import sqlalchemy
 from dbos import DBOS, EnqueueOptions, SetWorkflowID, StepInfo, WorkflowStatus
 from dbos import error as dbos_error
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_ai import Agent, ModelRetry, ModelSettings, RunUsage, UsageLimits
+from pydantic_ai import Agent, ModelRetry, ModelSettings
 from pydantic_ai import exceptions as ai_error
 from pydantic_ai import messages as ai
 from pydantic_ai.durable_exec.dbos import DBOSAgent, StepConfig
@@ -58,23 +58,21 @@ from tools import print_in_step, print_line, progress
 AGENT_NAME = "research_agent"
 WORKFLOW_NAME = f"{AGENT_NAME}.run"  # DBOSAgent registers its workflow under this name
 
-# Which failures of a model request may be gone at the next attempt, and which will not be. DBOSAgent
-# passes all these options to @DBOS.step, although its StepConfig type lists only some.
-MODEL_STEP: dict[str, Any] = {"timeout_seconds": 90} | tools.retry(
-    passing=(
-        ai_error.ModelAPIError,  # a rate limit, an overload, a cut connection, a broken answer
-        ai_error.UnexpectedModelBehavior,  # an answer that holds nothing usable
-        AttributeError, LookupError, TypeError,  # what clients raise on answers of another shape
-        dbos_error.DBOSStepTimeoutError,
-    ),
-    lasting=(
-        ai_error.ModelRequestRejectedError,  # a bad request, a refused key, an unknown model
-        ai_error.ModelQuotaExceededError,
-        ai_error.ContentFilterError,
-        ai_error.OutputTokenLimitExceeded,
-    ),
-    attempts=4, first_wait=1, backoff=2,
-)  # fmt: skip
+# Which failures of a model request may be gone at the next attempt, and which will not be gone.
+# DBOSAgent passes all these options to @DBOS.step, although its StepConfig type lists only some.
+PASSING = (
+    ai_error.ModelAPIError,  # a rate limit, an overload, a cut connection, an answer cut short
+    ai_error.UnexpectedModelBehavior,  # an answer that holds nothing usable
+    *(AttributeError, LookupError, TypeError),  # clients raise them for answers of another shape
+    dbos_error.DBOSStepTimeoutError,
+)
+LASTING = (
+    ai_error.ModelRequestRejectedError,  # a bad request, a refused key, an unknown model
+    ai_error.ModelQuotaExceededError,
+    ai_error.ContentFilterError,
+    ai_error.OutputTokenLimitExceeded,
+)
+MODEL_STEP = tools.retry(PASSING, LASTING, attempts=4, first_wait=1, backoff=2)
 
 
 def build_agent(settings: Settings) -> DBOSAgent[None, tools.ResearchReport]:
@@ -94,7 +92,7 @@ def build_agent(settings: Settings) -> DBOSAgent[None, tools.ResearchReport]:
         warnings.filterwarnings("ignore", "`DBOSAgent` is deprecated")
         return DBOSAgent(
             agent,
-            model_step_config=cast(StepConfig, MODEL_STEP),
+            model_step_config=cast(StepConfig, {"timeout_seconds": 90, **MODEL_STEP}),
             # One tool at a time, so that steps finish in the order of their numbers. Rewinding a
             # failed run deletes the failed step and every step with a higher number; with tools
             # in parallel, one of those could have finished.
@@ -107,70 +105,68 @@ def build_agent(settings: Settings) -> DBOSAgent[None, tools.ResearchReport]:
 
 @dataclass(frozen=True)
 class Found:
-    """In which state a run was found, and what is to be done about it."""
+    """In which state a run was found, in words, and which live process executes it, if one does."""
 
     state: str
-    """For people."""
-    finished: WorkflowStatus | None = None
-    """The run, if it has its report already."""
-    queued: bool = False
-    """The run waits in the executor's queue, so that the executor must be launched."""
     owner: str | None = None
-    """The executor ID of the live process that executes the run."""
+
+
+FINISHED = Found("finished earlier, so its stored report is replayed")
 
 
 def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found:
     """Look in which state a run is, and put it into the executor's queue if there is work to do.
 
-    Every run comes through here, of one company or of many, for a worker or for a web service. It
-    takes only a `DBOSClient`: nothing is executed before `executor.launch()`.
+    Every run comes through here, of one company or of many, for a worker or for a web service. The
+    look takes only a `DBOSClient`; the executor is launched when there is something to execute.
 
     Raises:
         ResearchError: The run must not go on here, or the model cannot be used. Nothing is changed.
     """
     client, queue = executor.client, executor.queue
-    seen = executor.look(run_id)
+    seen = executor.look([run_id]).get(run_id)
     if seen is None:
-        executor.prepare()
+        executor.launch()
         enqueue(executor, {run_id: request})
-        return Found("new", queued=True)
+        return Found("new")
     refuse_if_unfit(seen, request)
     if seen.status == "SUCCESS":
-        return Found("finished earlier, so its stored report is replayed", finished=seen)
+        return FINISHED
     # Each process that executes runs has a lock, named by its executor ID, until it dies. Whoever
     # can take that lock knows that the process is dead, and is the only one who decides about what
     # it has left, until the lock is free again. A run that no process executes has its own lock.
     with config.take_lock(executor.settings.database_url, lock_name(seen)) as taken:
-        stored = executor.look(run_id)  # again: who had the lock before may have resumed the run
+        stored = executor.look([run_id], load_output=True).get(run_id)  # it may have changed
         if not taken or stored is None or lock_name(stored) != lock_name(seen):
             owner = seen.executor_id if seen.status == "PENDING" else "another process"
             told = f"being executed by {owner}. This process waits for it and executes nothing"
-            return Found(told, owner=owner)
+            return Found(told, owner)
+        if stored.status == "SUCCESS":
+            return FINISHED
         steps = client.list_workflow_steps(run_id)
         refuse_if_unreadable(run_id, steps)
-        executor.prepare()
+        executor.launch()
         finished = count_finished(steps)
         match stored.status:
-            case "SUCCESS":
-                return Found("finished meanwhile", finished=stored)
             case _ if failure := find_failure(stored, steps):
                 # Resuming a failed run only raises its stored error again. Rewinding deletes the
                 # failed step first. It takes only runs that have ended, and a process may die
                 # after a step has failed and before the end of its run is stored.
+                step, error = failure
                 client.cancel_workflow(run_id)
-                client.rewind_workflow(run_id, start_step=failure.step, queue_name=queue)
-                told = f"failed at step {failure.step} ({describe(failure.error)}), resumes there"
+                with suppress(dbos_error.DBOSException):  # another process was faster
+                    client.rewind_workflow(run_id, start_step=step, queue_name=queue)
+                return Found(f"failed at step {step} ({describe(error)}), resumes there")
             case "ENQUEUED" if stored.queue_name == queue:
                 # DBOS lets only one of the processes that listen to a queue take a run from it.
-                told = f"queued, resumes after {finished}"
+                return Found(f"queued, resumes after {finished}")
             case "PENDING" | "ENQUEUED":
                 # Without a queue name it would go to a queue from which every process takes runs.
                 client.resume_workflow(run_id, queue_name=queue)
-                told = f"interrupted, resumes after {finished}"
+                return Found(f"interrupted, resumes after {finished}")
             case status:  # CANCELLED, or MAX_RECOVERY_ATTEMPTS_EXCEEDED: DBOS has given it up
                 client.resume_workflow(run_id, queue_name=queue)
-                told = f"{status.lower().replace('_', ' ')}, resumes after {finished}"
-        return Found(told, queued=True)
+                return Found(f"{status.lower().replace('_', ' ')}, resumes after {finished}")
 
 
 def lock_name(run: WorkflowStatus) -> str:
@@ -184,15 +180,12 @@ def lock_name(run: WorkflowStatus) -> str:
 class Executor:
     """This process, as DBOS sees it: once it is launched, it executes the runs of one queue."""
 
-    def __init__(
-        self, settings: Settings, queue: str, *, name: str = "", concurrency: int | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, queue: str, concurrency: int | None = None) -> None:
         """Connect to the database; raise `ResearchError` if it cannot be used.
 
         Args:
             settings: From `load_settings()`.
             queue: The queue to take runs from. One that is named like a run has that run alone.
-            name: The DBOS executor ID, under which a worker that is started again resumes its runs.
             concurrency: How many runs of the queue each process may execute at once. DBOS stores
                 it with the queue. None leaves it as it is, which is 10 at first.
         """
@@ -200,28 +193,22 @@ class Executor:
         # At launch, DBOS resumes every unfinished run that carries this process's executor ID. By
         # default each process has the ID "local", and so would resume other people's runs, even
         # runs that are live in another process. A unique ID matches none.
-        self.id = name or f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.client = config.open_database(settings)
-        self.prepared = self.launched = False
-
-    def prepare(self) -> None:
-        """Build the agent; raise `ResearchError` if its model cannot be used."""
-        if not self.prepared:
-            build_agent(self.settings)
-        self.prepared = True
+        self.launched = False
 
     def launch(self) -> None:
-        """Start to execute the runs of the queue; raise `ResearchError` if the name is in use."""
+        """Execute runs of the queue from now on; raise `ResearchError` if the model is unfit."""
         if self.launched:
             return
-        self.prepare()  # all workflows and steps must exist before DBOS is launched
+        build_agent(self.settings)  # all workflows and steps must exist before DBOS is launched
         tools.service.failure_rate = self.settings.failure_rate
         tools.service.latency = self.settings.latency
         # Others must see that this process lives before it takes its first run.
         url = self.settings.database_url
         self.lock, engine_options = config.hold_lock(url, self.id)
-        # DBOS serves at once a queue that is registered before the launch, and one that comes
-        # later only after up to a second.
+        # DBOS serves at once a queue that is registered before the launch, and a later one only
+        # after up to a second.
         self.client.register_queue(
             self.queue,
             worker_concurrency=self.concurrency or 10,
@@ -244,27 +231,71 @@ class Executor:
         DBOS.launch()
         self.launched = True
 
-    def look(self, run_id: str) -> WorkflowStatus | None:
-        """Return what is stored of a run, with its result."""
-        runs = self.client.list_workflows(workflow_ids=[run_id], load_input=False)
-        return runs[0] if runs else None
-
-    def look_at_many(self, run_ids: Iterable[str]) -> dict[str, WorkflowStatus]:
-        """Return what is stored of these runs, without their inputs and results."""
-        ids, runs = list(run_ids), []
+    def look(self, run_ids: Iterable[str], load_output: bool = False) -> dict[str, WorkflowStatus]:
+        """Return what is stored of these runs; their results and errors only on request."""
+        ids, runs = list(run_ids), list[WorkflowStatus]()
         for start in range(0, len(ids), 200):
+            some = ids[start : start + 200]
             runs += self.client.list_workflows(
-                workflow_ids=ids[start : start + 200], load_input=False, load_output=False
+                workflow_ids=some, load_input=False, load_output=load_output
             )
         return {run.workflow_id: run for run in runs}
 
-    def works_on(self, run: WorkflowStatus) -> bool:
-        """Tell whether this process executes the run, or will take it from its queue."""
-        mine = {"PENDING": run.executor_id == self.id, "ENQUEUED": run.queue_name == self.queue}
-        return self.launched and mine.get(run.status, False)
+    def will_take(self, run: WorkflowStatus) -> bool:
+        """Tell whether this process, or another one on the same queue, is going to take the run."""
+        return self.launched and run.status == "ENQUEUED" and run.queue_name == self.queue
 
 
 # ---------------------------------------------------------------- 4. research
+
+Outcome = WorkflowStatus | ResearchError
+"""How a run ended: as DBOS stores it, or why it cannot go on here."""
+
+
+def research(
+    executor: Executor, requests: dict[str, ResearchRequest], tell: Callable[[str], None]
+) -> dict[str, Outcome]:
+    """Bring runs to their ends, whatever states they are in. One that fails does not stop others.
+
+    Args:
+        executor: Its queue is named like the only run, or is the shared queue of many.
+        requests: Run ID, from `derive_run_id()`, to request, from `settings.request()`.
+        tell: Called again and again with how far they are, in words.
+
+    Returns:
+        Run ID to outcome.
+    """
+    found: dict[str, Found] = {}
+    outcomes: dict[str, Outcome] = {}
+    new = requests.keys() - executor.look(requests).keys() if len(requests) > 1 else set()
+    if new:  # one transaction is quicker than many decisions
+        executor.launch()
+        enqueue(executor, {run_id: requests[run_id] for run_id in new})
+    while True:
+        stored = executor.look(requests.keys() - outcomes.keys())
+        alive = {executor.id}
+        for run_id in requests.keys() - outcomes.keys():
+            run, request = stored.get(run_id), requests[run_id]
+            try:
+                if run is None and run_id in found:
+                    raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
+                if run is not None and has_ended(run) and (run_id in found or succeeded(run)):
+                    refuse_if_unfit(run, request)
+                    found.setdefault(run_id, FINISHED)
+                    outcomes[run_id] = run
+                elif run is None or not (lock_name(run) in alive or executor.will_take(run)):
+                    found[run_id] = decide(executor, request, run_id)
+                    alive |= {found[run_id].owner or executor.id}
+            except ResearchError as error:
+                outcomes[run_id] = error
+        tell(describe_progress(requests, found, stored, outcomes))
+        if len(outcomes) == len(requests):
+            return outcomes
+        one = executor.launched and len(requests) == 1
+        time.sleep(0.05 if one else 0.5 + len(requests) / 1000)
+
+
+# ---------------------------------------------------------------- 5. details
 
 
 class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
@@ -273,92 +304,61 @@ class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
     exit_code = 1
 
 
-Outcome = WorkflowStatus | ResearchError
-"""How a run ended: as DBOS stores it, or why it cannot go on here."""
-Show = Callable[[dict[str, Found], dict[str, WorkflowStatus], dict[str, Outcome]], None]
-"""Called after each look: how each run was found, how it is stored now, and the outcomes so far."""
+def has_ended(run: WorkflowStatus) -> bool:
+    """Tell whether DBOS does nothing more for a run unless it is asked to."""
+    return run.status not in ("ENQUEUED", "PENDING")
 
 
-def research(
-    executor: Executor, requests: dict[str, ResearchRequest], show: Show
-) -> dict[str, Outcome]:
-    """Bring runs to their ends, whatever states they are in. One that fails does not stop others.
-
-    Args:
-        executor: Its queue is named like the only run, or is the shared queue of many.
-        requests: Run ID, from `derive_run_id()`, to request, from `settings.request()`.
-        show: See `Show`.
-
-    Returns:
-        Run ID to outcome.
-    """
-    found: dict[str, Found] = {}
-    outcomes: dict[str, Outcome] = {}
-    while len(outcomes) < len(requests):
-        stored = executor.look_at_many(requests.keys() - outcomes.keys())
-        alive: set[str | None] = set()
-        for run_id in requests.keys() - outcomes.keys():
-            run = stored.get(run_id)
-            try:
-                if run_id in found and run is None:
-                    raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
-                if run_id in found and run and run.status not in ("ENQUEUED", "PENDING"):
-                    outcomes[run_id] = run
-                elif run is None or not (executor.works_on(run) or run.executor_id in alive):
-                    # It is new here, or its process has died, or it is about to be seen alive.
-                    found[run_id] = decide(executor, requests[run_id], run_id)
-                    alive |= {found[run_id].owner} - {None}
-                    if finished := found[run_id].finished:
-                        outcomes[run_id] = finished
-            except ResearchError as error:
-                outcomes[run_id] = error
-        show(found, stored, outcomes)
-        if any(run.queued for run in found.values()):
-            executor.launch()
-        waits = len(outcomes) < len(requests)
-        quick = executor.launched and len(requests) == 1
-        time.sleep(waits * (0.05 if quick else 0.5 + len(requests) / 1000))
-    return outcomes
+def succeeded(outcome: Outcome) -> bool:
+    """Tell whether a run has its report."""
+    return isinstance(outcome, WorkflowStatus) and outcome.status == "SUCCESS"
 
 
-# ---------------------------------------------------------------- 5. what the lesson rests on
+def is_model_step(step: StepInfo) -> bool:
+    """Tell a model request from a tool call."""
+    return step["function_name"].startswith(f"{AGENT_NAME}__model")
+
+
+def count_finished(steps: list[StepInfo]) -> str:
+    """Say how many steps are stored that did not fail."""
+    count = sum(step["error"] is None for step in steps)
+    return f"{count} finished step{'' if count == 1 else 's'}"
 
 
 class ModelInStep(WrapperModel):
-    """What happens inside each model step, and so does not happen again when a step is restored."""
+    """What happens inside each model step, and does not happen again when a step is restored."""
 
     def __init__(self, wrapped: Model, cost_limit: float) -> None:
         """Wrap the model.
 
-        Limits that are passed to a run are stored with it, so a run that has reached one could not
-        go on after it was raised. These are the process's own.
+        The limit is this process's own. `UsageLimits` that are passed to a run are stored with it,
+        so a run that had reached them could not go on after they were raised.
         """
         super().__init__(wrapped)
-        self.limits = UsageLimits(request_limit=12, cost_limit=Decimal(f"{cost_limit}"))
+        self.cost_limit = cost_limit
 
     async def request(
         self, messages: list[ai.ModelMessage], *settings_and_tools: Any
     ) -> ai.ModelResponse:
         """Ask the wrapped model, unless the run has cost too much already."""
-        usage = RunUsage()
-        for message in messages:
-            if isinstance(message, ai.ModelResponse):
-                usage += RunUsage(requests=1) + message.usage
-        self.limits.check_before_request(usage)
+        answers = [message for message in messages if isinstance(message, ai.ModelResponse)]
+        spent = sum(answer.usage.cost or 0 for answer in answers)
+        if spent > self.cost_limit:
+            reached = f"it has cost {spent:.4f} US$: raise COST_LIMIT_USD ({self.cost_limit})"
+            raise ai_error.UsageLimitExceeded(reached)
         print_in_step(f"asks the model {self.model_name}")
         try:
             response = await super().request(messages, *settings_and_tools)
         except ai_error.ModelHTTPError as error:
             hide_key(error, self)
             raise
-        for part in response.parts:
-            if isinstance(part, ai.ToolCallPart):
-                print_in_step(f"the model calls {part.tool_name}")
+        for call in response.tool_calls:
+            print_in_step(f"the model calls {call.tool_name}")
         return response
 
 
 def hide_key(error: ai_error.ModelHTTPError, model: Model) -> None:
-    """Take the API key out of an error, because DBOS stores errors, and providers may quote it."""
+    """Remove the API key from an error: DBOS stores errors, and providers may quote the key."""
     key = getattr(getattr(model.provider, "client", None), "api_key", None)
     if isinstance(error, ai_error.ModelAuthenticationError):
         keys = [key for key, name in config.MODEL_BY_KEY.items() if name.startswith(model.system)]
@@ -391,7 +391,9 @@ def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
     engine.dispose()
 
 
-def refuse_if_unfit(stored: WorkflowStatus, request: ResearchRequest) -> None:
+def refuse_if_unfit(
+    stored: WorkflowStatus, request: ResearchRequest, goes_on: bool = False
+) -> None:
     """Raise `ResearchError` if a run answers another question, or would be waited for for ever."""
     asked = stored.attributes or {}
     if asked.get("request_id") != config.derive_run_id(request):
@@ -401,7 +403,7 @@ def refuse_if_unfit(stored: WorkflowStatus, request: ResearchRequest) -> None:
             f" {asked.get('model')}, bucket {asked.get('bucket')!r}, or other instructions.\n"
             "Choose another --run-id, or leave it out."
         )
-    if stored.app_version != APP_VERSION and stored.status != "SUCCESS":
+    if stored.app_version != APP_VERSION and (goes_on or not succeeded(stored)):
         # DBOS would wait silently for a process of that version.
         raise ResearchError(
             f"run {stored.workflow_id} belongs to version {stored.app_version} of this app, which"
@@ -411,7 +413,7 @@ def refuse_if_unfit(stored: WorkflowStatus, request: ResearchRequest) -> None:
 
 
 def refuse_if_unreadable(run_id: str, steps: list[StepInfo]) -> None:
-    """Raise `ResearchError` if the run would go on with a checkpoint that is not of today's type."""
+    """Raise `ResearchError` if a resumed run would get a checkpoint that is not of today's type."""
     for step in steps:
         if step["error"] is None:
             name = "model request" if is_model_step(step) else step["function_name"]
@@ -437,20 +439,12 @@ def read_stored(run_id: str, name: str, value: Any) -> Any:
         ) from None
 
 
-@dataclass(frozen=True)
-class Failure:
-    """The step from which a failed run must go on, and the error."""
-
-    step: int
-    error: object
-
-
-def find_failure(stored: WorkflowStatus, steps: list[StepInfo]) -> Failure | None:
-    """Return where a run has failed, or None."""
+def find_failure(stored: WorkflowStatus, steps: list[StepInfo]) -> tuple[int, object] | None:
+    """Return the ID of the step from which a failed run must go on, and the error."""
     for step in steps:
         # A ModelRetry is not a failure: it went back to the model, which has dealt with it.
         if step["error"] is not None and not isinstance(step["error"], ModelRetry):
-            return Failure(step["function_id"], step["error"])
+            return step["function_id"], step["error"]
     if stored.status != "ERROR":
         return None
     # No step failed. If the run gave up on the model's answers, ask the model again: its last
@@ -458,23 +452,12 @@ def find_failure(stored: WorkflowStatus, steps: list[StepInfo]) -> Failure | Non
     # because the disk was full, keep them all.
     if isinstance(stored.error, ai_error.AgentRunError):
         asked = [step["function_id"] for step in steps if is_model_step(step)]
-        return Failure(max(asked, default=1), stored.error)
-    return Failure(max((step["function_id"] for step in steps), default=0) + 1, stored.error)
-
-
-def is_model_step(step: StepInfo) -> bool:
-    """Tell a model request from a tool call."""
-    return step["function_name"].startswith(f"{AGENT_NAME}__model")
-
-
-def count_finished(steps: list[StepInfo]) -> str:
-    """Say how many steps are stored that did not fail."""
-    count = sum(step["error"] is None for step in steps)
-    return f"{count} finished step{'' if count == 1 else 's'}"
+        return max(asked, default=1), stored.error
+    return max((step["function_id"] for step in steps), default=0) + 1, stored.error
 
 
 def end_if_an_outcome_is_lost(settings: Settings, record: logging.LogRecord) -> bool:
-    """End this process if DBOS could not store how a run ended. As a filter, let all pass.
+    """End this process if DBOS could not store how a run ended. As a log filter, let all pass.
 
     DBOS 3.4 only logs that, and executes the run no more. While this process lives, everybody would
     wait for the run; when it has ended, the run is resumed.
@@ -488,29 +471,10 @@ def end_if_an_outcome_is_lost(settings: Settings, record: logging.LogRecord) -> 
     return True
 
 
-# ---------------------------------------------------------------- 6. many companies
+# ---------------------------------------------------------------- 6. other ways to start runs
 
+UNFINISHED = ["PENDING", "ENQUEUED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED", "CANCELLED"]
 GRACE = 8  # seconds; a container platform kills ten seconds after SIGTERM, or later
-
-
-def research_many(
-    executor: Executor, requests: dict[str, ResearchRequest], show: Show
-) -> dict[str, Outcome]:
-    """Bring many runs to their ends; every process that takes from the queue shares the work.
-
-    Finished runs need no decision. New ones are stored at once, which is quicker than one by one.
-    """
-    stored = executor.look_at_many(requests)
-    if new := {run_id: requests[run_id] for run_id in requests.keys() - stored.keys()}:
-        executor.prepare()
-        enqueue(executor, new)
-        executor.launch()
-    done: dict[str, Outcome] = {i: run for i, run in stored.items() if run.status == "SUCCESS"}
-    open_requests = {run_id: requests[run_id] for run_id in requests if run_id not in done}
-    done |= research(
-        executor, open_requests, lambda found, now, ended: show(found, now, done | ended)
-    )
-    return {run_id: done[run_id] for run_id in requests}
 
 
 def work(executor: Executor) -> None:
@@ -518,12 +482,10 @@ def work(executor: Executor) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     executor.launch()
-    print_wrapped(
-        f"Worker {executor.id} serves the queue {executor.queue}. Process {os.getpid()}."
-        f" Database: {executor.settings.database_label}."
-    )
-    while not stop.wait(timeout=1):  # without it, a signal just before the wait would go unnoticed
-        pass
+    where = f"Process {os.getpid()}. Database: {executor.settings.database_label}."
+    print_wrapped(f"A worker serves the queue {executor.queue}. {where}")
+    while not stop.wait(timeout=5):
+        take_over(executor)
     print_line("Asked to stop: taking no more runs, and finishing what has begun.")
     # Whatever blocks, a step or a thread that waits for the database, this process ends in time.
     end = threading.Timer(GRACE + 1, os._exit, [0])
@@ -531,33 +493,112 @@ def work(executor: Executor) -> None:
     end.start()
 
 
+def take_over(executor: Executor) -> None:
+    """Resume the runs of the executor's queue whose processes have died."""
+    alive = {executor.id}
+    for run in executor.client.list_workflows(
+        status="PENDING", queue_name=executor.queue, load_input=False, load_output=False
+    ):
+        if run.executor_id not in alive:
+            with suppress(ResearchError):  # for example, it belongs to another version
+                found = decide(executor, request_of(run), run.workflow_id)
+                alive |= {found.owner or executor.id}
+
+
+def request_of(run: WorkflowStatus) -> ResearchRequest:
+    """Return what was asked, from what is stored beside the run."""
+    asked = run.attributes or {}
+    return ResearchRequest(**{part.name: asked[part.name] for part in fields(ResearchRequest)})
+
+
+def find_unfinished(executor: Executor) -> dict[str, ResearchRequest]:
+    """Return the unfinished runs of this tenant, user and model; tell which are left alone."""
+    mine = executor.settings.request("any")
+    requests: dict[str, ResearchRequest] = {}
+    alive = cancelled = 0
+    for run in executor.client.list_workflows(
+        name=WORKFLOW_NAME, status=UNFINISHED, load_input=False, load_output=False
+    ):
+        asked = request_of(run)
+        if replace(mine, company=asked.company, bucket=asked.bucket) == asked:
+            if run.status == "CANCELLED":
+                cancelled += 1
+            elif run.status == "PENDING" and is_alive(executor, run):
+                alive += 1
+            else:
+                requests[run.workflow_id] = asked
+    told = f"{len(requests)} unfinished runs go on. Left alone: {alive} that live processes execute"
+    print_wrapped(f"{told}, {cancelled} that were cancelled.")
+    return requests
+
+
+def is_alive(executor: Executor, run: WorkflowStatus) -> bool:
+    """Tell whether the process that has begun to execute a run is alive."""
+    with config.take_lock(executor.settings.database_url, lock_name(run)) as taken:
+        return not taken
+
+
+def fork(executor: Executor, request: ResearchRequest, run_id: str, step: int) -> None:
+    """Store a fork in the executor's queue, named like that: another run, again from this step.
+
+    Raises:
+        ResearchError: There is no such run or step, or it could not go on with this code.
+    """
+    base, steps = executor.look([run_id]).get(run_id), executor.client.list_workflow_steps(run_id)
+    if base is None or not 0 < step <= len(steps):
+        raise ResearchError(f"there is no step {step} in run {run_id}: see --list.")
+    refuse_if_unfit(base, request, goes_on=True)
+    executor.launch()
+    with SetWorkflowID(executor.queue):
+        # Without a version no process would take it; without a queue, any process would.
+        executor.client.fork_workflow(
+            run_id, step, application_version=APP_VERSION, queue_name=executor.queue
+        )
+
+
 # ---------------------------------------------------------------- 7. what people see
+
+
+def describe_progress(
+    requests: dict[str, ResearchRequest],
+    found: dict[str, Found],
+    stored: dict[str, WorkflowStatus],
+    outcomes: dict[str, Outcome],
+) -> str:
+    """Say in which state the only run was found, or how many of many runs are where."""
+    if len(requests) == 1:
+        return "".join(run.state for run in found.values())
+    done = sum(succeeded(outcome) for outcome in outcomes.values())
+    running = sum(stored[i].status == "PENDING" for i in stored.keys() - outcomes.keys())
+    waiting = len(requests) - len(outcomes) - running
+    return f"{done} done, {running} running, {waiting} waiting, {len(outcomes) - done} failed"
 
 
 @dataclass
 class StatusLine:
-    """A line that is printed when it changes, and as a sign of life while a process waits."""
+    """A line that is printed when it changes, and every 15 seconds as a sign of life."""
 
-    text: str = ""
+    before: str = ""
+    after: str = ""
+    shown: str = ""
     printed: float = 0.0
 
-    def show(self, text: str, waits: bool = True) -> None:
+    def show(self, text: str) -> None:
         """Print the line if there is reason to."""
-        if text != self.text:
-            print_wrapped(text)
-        elif waits and time.monotonic() > self.printed + 15:
-            print_line("  still waiting")
+        if text not in ("", self.shown):
+            print_wrapped(f"{self.before}{text}{self.after}")
+        elif time.monotonic() > self.printed + 15:
+            print_line("  not finished yet")
         else:
             return
-        self.text, self.printed = text, time.monotonic()
+        self.shown, self.printed = text or self.shown, time.monotonic()
 
 
 def print_run(executor: Executor, run_id: str, before: set[int]) -> None:
     """Print the report, where each step's result came from, and what checkpoints saved."""
-    run = executor.look(run_id)
-    report = read_stored(run_id, "report", getattr(run and run.output, "output", None))
+    run = executor.look([run_id], load_output=True)[run_id]
     print_line("")
-    for name, value in report:
+    for name, value in read_stored(run_id, "report", getattr(run.output, "output", run.output)):
         text = "; ".join(value) if isinstance(value, list) else str(value)
         print_wrapped(ljust(name, 24) + text, indent=24)
     print_line(
@@ -567,7 +608,7 @@ def print_run(executor: Executor, run_id: str, before: set[int]) -> None:
     for step in executor.client.list_workflow_steps(run_id):
         number = step["function_id"]
         took = ((step["completed_at_epoch_ms"] or 0) - (step["started_at_epoch_ms"] or 0)) / 1000
-        usage = step["output"].usage if is_model_step(step) else None
+        usage = step["output"].usage if isinstance(step["output"], ai.ModelResponse) else None
         line = f"{number:>2}  {ljust('model request' if usage else step['function_name'], 27)}"
         if number in ran:
             cost = f"{usage.cost:.5f}" if usage and usage.cost is not None else ""
@@ -587,15 +628,19 @@ def print_run(executor: Executor, run_id: str, before: set[int]) -> None:
 
 
 def print_runs(executor: Executor, limit: int) -> None:
-    """Print the newest runs."""
+    """Print the newest runs, and in which states they really are."""
     runs = executor.client.list_workflows(
         application_name=config.APP_NAME, sort_desc=True, limit=limit + 1, load_input=False
     )
     for run in runs[:limit]:
-        steps = count_finished(executor.client.list_workflow_steps(run.workflow_id))
+        asked, steps = run.attributes or {}, executor.client.list_workflow_steps(run.workflow_id)
         when = datetime.fromtimestamp((run.created_at or 0) / 1000).strftime("%Y-%m-%d %H:%M")
-        company = (run.attributes or {}).get("company")
-        print_line(clip(f"{when}  {run.status[:9]:<11}{steps}  {company}", 0, 80))
+        parts = [f"{asked.get('company')}", asked.get("bucket")]
+        parts += [f"model {asked.get('model')}"] * (asked.get("model") != executor.settings.model)
+        parts += [f"version {run.app_version}"] * (run.app_version != APP_VERSION)
+        state = describe_state(executor, run)
+        told = f"{when}  {', '.join(filter(None, parts))}: {state}, {count_finished(steps)}"
+        print_wrapped(told, indent=4)
         print_line(f"    {run.workflow_id}")
     if len(runs) > limit:
         print_line(f"These are the {limit} newest; --list {limit * 10} shows more.")
@@ -603,32 +648,38 @@ def print_runs(executor: Executor, limit: int) -> None:
         print_line("No runs are stored in this database.")
 
 
-def print_outcomes(requests: dict[str, ResearchRequest], outcomes: dict[str, Outcome]) -> None:
+def print_outcomes(
+    executor: Executor, requests: dict[str, ResearchRequest], outcomes: dict[str, Outcome]
+) -> None:
     """Print how each run ended, and how to resume those that failed."""
-    print_line(f"\n{'company':<45}{'status':<16}{'seconds':>9}")
+    print_line(f"\n{'company':<40}{'seconds':>9}  state")
     for run_id, request in requests.items():
-        outcome = outcomes[run_id]
-        status, seconds = "REFUSED", 0.0
-        if isinstance(outcome, WorkflowStatus):
-            began = outcome.dequeued_at or outcome.created_at or 0
-            status, seconds = outcome.status, ((outcome.completed_at or began) - began) / 1000
-        print_line(f"{ljust(clip(request.company, 0, 43), 45)}{status[:15]:<16}{seconds:>9.1f}")
-    for run_id, request in requests.items():
-        if reason := why_failed(outcomes[run_id]):
+        run, seconds = outcomes[run_id], 0.0
+        if isinstance(run, WorkflowStatus):
+            began = run.dequeued_at or run.created_at or 0
+            seconds = ((run.completed_at or began) - began) / 1000
+        company = ljust(clip(request.company, 0, 38), 40)
+        print_wrapped(f"{company}{seconds:>9.1f}  {describe_state(executor, run)}", indent=4)
+        if not succeeded(run):
             words = ["--bucket", request.bucket] if request.bucket else []
             words += ["--", request.company] if request.company[0] == "-" else [request.company]
-            print_line("")
-            print_wrapped(f"{request.company}: {reason}")
-            print_line(f"  resume it: uv run agent.py {shlex.join(words)}")
+            print_line(f"    resume it: uv run agent.py {shlex.join(words)}")
 
 
-def why_failed(outcome: Outcome) -> str | None:
-    """Say why a run has no report, or return None if it has one."""
-    if isinstance(outcome, ResearchError):
-        return str(outcome)
-    if outcome.status == "ERROR":
-        return describe(outcome.error)
-    return None if outcome.status == "SUCCESS" else outcome.status.lower()
+def describe_state(executor: Executor, run: Outcome) -> str:
+    """Say in which state a run really is: PENDING alone does not tell whether it is executed."""
+    if isinstance(run, ResearchError):
+        return f"not resumed: {run}"
+    match run.status:
+        case "SUCCESS":
+            return "finished"
+        case "ERROR":
+            whole = executor.look([run.workflow_id], load_output=True).get(run.workflow_id, run)
+            return f"failed: {describe(whole.error)}"
+        case "PENDING":
+            return f"executed by {run.executor_id}" if is_alive(executor, run) else "interrupted"
+        case status:
+            return status.lower().replace("_", " ").replace("enqueued", "queued")
 
 
 def describe(error: object) -> str:
@@ -647,7 +698,7 @@ def print_wrapped(text: str, indent: int = 0) -> None:
         print_line(line)
 
 
-# ---------------------------------------------------------------- 8. the command line
+# ---------------------------------------------------------------- 8. the command
 
 
 def end_by_ctrl_c(*_: object) -> None:
@@ -668,10 +719,10 @@ def main() -> int:
     add("company", nargs="*", help='"-": read one a line; default: Quantum Compute Corp')
     add("--bucket", default="", help="any text: a new one is a new run")
     add("--run-id", help="the run's ID, instead of the derived one")
+    add("--from-step", type=int, metavar="N", help="run it again from step N, as another run")
     add("--crash", action="store_true", help="die by SIGKILL in the flaky tool")
-    add(
-        "--worker", nargs="?", const=socket.gethostname(), metavar="NAME", help="run what is queued"
-    )
+    add("--unfinished", action="store_true", help="all failed and interrupted runs go on")
+    add("--worker", action="store_true", help="execute what is queued")
     add("--concurrency", type=int, metavar="N", help="queued runs at once in each process (10)")
     add("--list", nargs="?", type=int, const=50, metavar="N", help="list the N (50) newest runs")
     add("--verbose", action="store_true", help="show DBOS's log and tracebacks")
@@ -683,138 +734,113 @@ def main() -> int:
         logging.getLogger(name).addHandler(logging.NullHandler())
     if options.verbose:
         logging.basicConfig(level=logging.INFO)
+    settings = None
     try:
-        return run_command(options)
+        settings = config.load_settings()
+        return run_command(settings, options)
     except (ResearchError, *config.DATABASE_ERRORS) as error:
         if options.verbose:
             traceback.print_exc()
-        if not isinstance(error, ResearchError):
-            error = config.database_error(config.load_settings(), error)
+        if settings is not None and not isinstance(error, ResearchError):
+            error = config.database_error(settings, error)
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return getattr(error, "exit_code", 2)
 
 
-def run_command(options: argparse.Namespace) -> int:
+def run_command(settings: Settings, options: argparse.Namespace) -> int:
     """Do what the options say; return the exit code."""
-    settings = config.load_settings()
     requests = read_requests(settings, options.company, options.bucket)
-    if options.worker is not None and options.company:
-        raise ResearchError("--worker takes its runs from the queue: leave out the companies.")
-    if options.run_id is not None and len(requests) > 1:
-        raise ResearchError("--run-id is for one company.")
-    for name, highest in (("concurrency", 1000), ("list", 1_000_000)):
+    for name, most in (("concurrency", 1000), ("list", 1_000_000), ("from_step", 1000)):
         number = getattr(options, name)
-        if number is not None and not 0 < number <= highest:
-            raise ResearchError(f"--{name} takes a number from 1 to {highest}.")
+        if number is not None and not 0 < number <= most:
+            raise ResearchError(f"--{name.replace('_', '-')} takes a number from 1 to {most}.")
+    if options.company and (options.worker or options.unfinished):
+        raise ResearchError("--worker and --unfinished find their runs: leave out the companies.")
     tools.service.crash = options.crash
     if options.list is not None:
         print_runs(Executor(settings, ""), options.list)
         return 0
-    if options.worker is None and len(requests) == 1:
+    if len(requests) == 1 and not (options.worker or options.unfinished):
         [(run_id, request)] = requests.items()
-        if options.run_id is not None:
-            run_id = config.clean_text("the run ID", options.run_id)
-        return run_one(Executor(settings, run_id), request, run_id, options.crash)
-    progress.show = "nothing" if options.worker is None else "many runs"
-    name = (
-        config.clean_text("the worker's name", options.worker or "")
-        if options.worker is not None
-        else ""
-    )
-    executor = Executor(settings, settings.queue, name=name, concurrency=options.concurrency)
-    outcomes: dict[str, Outcome] = {}
-    if options.worker is not None:
-        work(executor)
-    else:
-        line = StatusLine()
-        outcomes = research_many(executor, requests, partial(show_counts, line, requests))
-        for run_id, outcome in outcomes.items():
-            if isinstance(outcome, WorkflowStatus) and outcome.status == "ERROR":
-                outcomes[run_id] = executor.look(run_id) or outcome  # with its error
-        print_outcomes(requests, outcomes)
-    # This process may be executing runs that others have asked for. What is left after these
-    # seconds is resumed from its last checkpoint, a worker's when it is started again.
-    DBOS.destroy(workflow_completion_timeout_sec=GRACE)
-    return int(any(why_failed(outcome) for outcome in outcomes.values()))
-
-
-def run_one(executor: Executor, request: ResearchRequest, run_id: str, crash: bool) -> int:
-    """Research one company."""
-    settings, line = executor.settings, StatusLine()
-    steps = executor.client.list_workflow_steps(run_id, load_output=False)
-    before = {step["function_id"] for step in steps}
-    where = f"Process {os.getpid()}. Model: {request.model}. Database: {settings.database_label}."
-
-    def show(found: dict[str, Found], _stored: object, _outcomes: object) -> None:
-        if run_id in found:
-            told, first = found[run_id], not line.text
-            line.show(f"Run {run_id}: {told.state}. {where}", waits=told.owner is not None)
-            if first and request.model == "offline":
-                print_line(
-                    "(A script stands in for the model. To use a real one, see .env.example.)"
-                )
-
-    [outcome] = research(executor, {run_id: request}, show).values()
-    if isinstance(outcome, ResearchError):
-        raise outcome
-    if outcome.status == "SUCCESS":
-        print_run(executor, run_id, before)
-        # What a process that is killed leaves is one row, and the rerun uses it again.
-        if executor.launched:
-            executor.client.delete_queue(executor.queue)
-        if crash:
+        run_one(settings, request, options.run_id or run_id, options.from_step)
+        if options.crash:
             print_line("--crash found nothing to kill: fetch_financial_metrics did not run after")
             print_line("fetch_company_overview in this process.")
         return 0
-    failed = executor.look(run_id) or outcome
-    raise RunFailed(
-        f"the run failed: {why_failed(failed)}\n"
-        "Finished steps are stored. Run the same command to resume from the failed one."
-    )
+    if options.run_id is not None or options.from_step is not None:
+        raise ResearchError("--run-id and --from-step are for one company.")
+    progress.show = "many runs" if options.worker else "nothing"
+    executor = Executor(settings, settings.queue, options.concurrency)
+    outcomes: dict[str, Outcome] = {}
+    if options.worker:
+        work(executor)
+    else:
+        requests = find_unfinished(executor) if options.unfinished else requests
+        outcomes = research(executor, requests, StatusLine().show)
+        print_outcomes(executor, requests, outcomes)
+    # This process may be executing runs that others have asked for. What is left after these
+    # seconds is resumed from its last checkpoint, by whoever asks for it or by a worker.
+    DBOS.destroy(workflow_completion_timeout_sec=GRACE)
+    return int(not all(succeeded(outcome) for outcome in outcomes.values()))
 
 
-def show_counts(
-    line: StatusLine,
-    requests: dict[str, ResearchRequest],
-    _found: object,
-    stored: dict[str, WorkflowStatus],
-    outcomes: dict[str, Outcome],
+def run_one(
+    settings: Settings, request: ResearchRequest, run_id: str, from_step: int | None
 ) -> None:
-    """Print how many of many runs are where."""
-    failed = sum(why_failed(outcome) is not None for outcome in outcomes.values())
-    running = sum(run.status == "PENDING" and i not in outcomes for i, run in stored.items())
-    waiting = len(requests) - len(outcomes) - running
-    done = len(outcomes) - failed
-    line.show(f"{done} done, {running} running, {waiting} waiting, {failed} failed")
+    """Bring one run to its end, and print its report."""
+    base = config.clean_text("the run ID", run_id)
+    script = ", a script (for a real one, see .env.example)" if request.model == "offline" else ""
+    where = f"Model: {request.model}{script}. Database: {settings.database_label}."
+    again = ""
+    if from_step:
+        run_id, again = (
+            f"{base}-from-{from_step}",
+            f" It is run {base} again from step {from_step}.",
+        )
+    executor = Executor(settings, run_id)
+    line = StatusLine(f"Run {run_id}: ", f".{again} Process {os.getpid()}. {where}")
+    if from_step and not executor.look([run_id]):
+        fork(executor, request, base, from_step)
+        line.show("new")
+    steps = executor.client.list_workflow_steps(run_id, load_output=False)
+    before = {step["function_id"] for step in steps}
+    [outcome] = research(executor, {run_id: request}, line.show).values()
+    if isinstance(outcome, ResearchError):
+        raise outcome
+    if not succeeded(outcome):
+        raise RunFailed(
+            f"the run {describe_state(executor, outcome)}\n"
+            "Finished steps are stored. Run the same command to resume from the failed one."
+        )
+    print_run(executor, run_id, before)
+    if from_step:
+        print_line(f"Steps before step {from_step} are those of run {base}.")
+    if executor.launched:  # its queue has served its run
+        executor.client.delete_queue(executor.queue)
 
 
 def read_requests(settings: Settings, names: list[str], bucket: str) -> dict[str, ResearchRequest]:
-    """Return requests for these companies; doubled names are one.
+    """Return a request for each company; `["-"]` reads the companies from standard input.
 
-    `["-"]` reads them from standard input: one a line, in UTF-8; blank lines and those that start
-    with `#` are skipped.
+    There they are one a line, in UTF-8; blank lines and lines that start with `#` are skipped.
 
     Raises:
         ResearchError: A name is unfit; the text says which.
     """
-    numbered = list(enumerate(names or ["Quantum Compute Corp"], start=1))
+    lines = names or ["Quantum Compute Corp"]
     if names == ["-"]:
         data = sys.stdin.buffer.read() if sys.stdin else b""
         # What is not UTF-8 becomes a character that no name may have.
         lines = data.decode("utf-8-sig", errors="surrogateescape").split("\n")
-        numbered = [
-            (n, line) for n, line in enumerate(lines, start=1) if line.strip()[:1] not in ("", "#")
-        ]
     requests: dict[str, ResearchRequest] = {}
-    for number, name in numbered:
-        try:
-            request = settings.request(name, bucket)
-        except ResearchError as error:
-            if names == [name]:
-                raise
-            unit = "line" if names == ["-"] else "name"
-            raise ResearchError(f"{unit} {number}: {error}") from None
-        requests.setdefault(config.derive_run_id(request), request)
+    for number, name in enumerate(lines, start=1):
+        if names != ["-"] or name.strip()[:1] not in ("", "#"):
+            try:
+                request = settings.request(name, bucket)
+            except ResearchError as error:
+                where = f"line or name {number}: " if len(lines) > 1 else ""
+                raise ResearchError(f"{where}{error}") from None
+            requests.setdefault(config.derive_run_id(request), request)
     if not requests:
         raise ResearchError("there is no company on standard input: give one a line.")
     return requests
