@@ -159,12 +159,12 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
                 return Found(f"failed at step {step} ({describe(error)}), resumes there")
             case "ENQUEUED" if stored.queue_name == queue:
                 # DBOS lets only one of the processes that listen to a queue take a run from it.
-                return Found(f"queued, resumes after {finished}")
-            case "PENDING" | "ENQUEUED":
+                return Found(f"enqueued, resumes after {finished}")
+            case "PENDING":
                 # Without a queue name it would go to a queue from which every process takes runs.
                 client.resume_workflow(run_id, queue_name=queue)
                 return Found(f"interrupted, resumes after {finished}")
-            case status:  # CANCELLED, or MAX_RECOVERY_ATTEMPTS_EXCEEDED: DBOS has given it up
+            case status:  # in another queue, CANCELLED, or MAX_RECOVERY_ATTEMPTS_EXCEEDED
                 client.resume_workflow(run_id, queue_name=queue)
                 return Found(f"{status.lower().replace('_', ' ')}, resumes after {finished}")
 
@@ -243,7 +243,8 @@ class Executor:
 
     def will_take(self, run: WorkflowStatus) -> bool:
         """Tell whether this process, or another one on the same queue, is going to take the run."""
-        return self.launched and run.status == "ENQUEUED" and run.queue_name == self.queue
+        mine = run.queue_name == self.queue and run.app_version == APP_VERSION
+        return self.launched and run.status == "ENQUEUED" and mine
 
 
 # ---------------------------------------------------------------- 4. research
@@ -271,15 +272,16 @@ def research(
     if new:  # one transaction is quicker than many decisions
         executor.launch()
         enqueue(executor, {run_id: requests[run_id] for run_id in new})
+    first_look = True
     while True:
         stored = executor.look(requests.keys() - outcomes.keys())
         alive = {executor.id}
         for run_id in requests.keys() - outcomes.keys():
             run, request = stored.get(run_id), requests[run_id]
             try:
-                if run is None and run_id in found:
+                if run is None and not first_look:
                     raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
-                if run is not None and has_ended(run) and (run_id in found or succeeded(run)):
+                if run is not None and (succeeded(run) or not (first_look or is_open(run))):
                     refuse_if_unfit(run, request)
                     found.setdefault(run_id, FINISHED)
                     outcomes[run_id] = run
@@ -288,6 +290,7 @@ def research(
                     alive |= {found[run_id].owner or executor.id}
             except ResearchError as error:
                 outcomes[run_id] = error
+        first_look = False
         tell(describe_progress(requests, found, stored, outcomes))
         if len(outcomes) == len(requests):
             return outcomes
@@ -304,9 +307,9 @@ class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
     exit_code = 1
 
 
-def has_ended(run: WorkflowStatus) -> bool:
-    """Tell whether DBOS does nothing more for a run unless it is asked to."""
-    return run.status not in ("ENQUEUED", "PENDING")
+def is_open(run: WorkflowStatus) -> bool:
+    """Tell whether a run is going to be executed, or is being executed."""
+    return run.status in ("ENQUEUED", "PENDING")
 
 
 def succeeded(outcome: Outcome) -> bool:
@@ -352,6 +355,8 @@ class ModelInStep(WrapperModel):
         except ai_error.ModelHTTPError as error:
             hide_key(error, self)
             raise
+        with suppress(LookupError, ValueError):  # genai-prices does not know the model
+            response.usage.cost = response.usage.cost or response.cost().total_price
         for call in response.tool_calls:
             print_in_step(f"the model calls {call.tool_name}")
         return response
@@ -474,6 +479,7 @@ def end_if_an_outcome_is_lost(settings: Settings, record: logging.LogRecord) -> 
 # ---------------------------------------------------------------- 6. other ways to start runs
 
 UNFINISHED = ["PENDING", "ENQUEUED", "ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED", "CANCELLED"]
+LOOK = 5  # seconds between two looks of a worker for runs that dead processes have left
 GRACE = 8  # seconds; a container platform kills ten seconds after SIGTERM, or later
 
 
@@ -484,7 +490,7 @@ def work(executor: Executor) -> None:
     executor.launch()
     where = f"Process {os.getpid()}. Database: {executor.settings.database_label}."
     print_wrapped(f"A worker serves the queue {executor.queue}. {where}")
-    while not stop.wait(timeout=5):
+    while not stop.wait(timeout=LOOK):
         take_over(executor)
     print_line("Asked to stop: taking no more runs, and finishing what has begun.")
     # Whatever blocks, a step or a thread that waits for the database, this process ends in time.
@@ -679,7 +685,7 @@ def describe_state(executor: Executor, run: Outcome) -> str:
         case "PENDING":
             return f"executed by {run.executor_id}" if is_alive(executor, run) else "interrupted"
         case status:
-            return status.lower().replace("_", " ").replace("enqueued", "queued")
+            return status.lower().replace("_", " ")
 
 
 def describe(error: object) -> str:
@@ -827,6 +833,8 @@ def read_requests(settings: Settings, names: list[str], bucket: str) -> dict[str
     Raises:
         ResearchError: A name is unfit; the text says which.
     """
+    if "-" in names and len(names) > 1:
+        raise ResearchError('"-" reads the names from standard input: give no others beside it.')
     lines = names or ["Quantum Compute Corp"]
     if names == ["-"]:
         data = sys.stdin.buffer.read() if sys.stdin else b""
@@ -838,7 +846,8 @@ def read_requests(settings: Settings, names: list[str], bucket: str) -> dict[str
             try:
                 request = settings.request(name, bucket)
             except ResearchError as error:
-                where = f"line or name {number}: " if len(lines) > 1 else ""
+                unit = "line" if names == ["-"] else "name"
+                where = f"{unit} {number}: " if names != [name] else ""
                 raise ResearchError(f"{where}{error}") from None
             requests.setdefault(config.derive_run_id(request), request)
     if not requests:

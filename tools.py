@@ -96,10 +96,11 @@ def print_line(text: str) -> None:
 def print_in_step(message: str) -> None:
     """Print progress from inside a step. A restored step prints nothing: that is the proof."""
     run_id, step, status = DBOS.workflow_id or "", DBOS.step_id or 0, DBOS.step_status
-    if status is not None and status.current_attempt is not None:
-        attempt = status.current_attempt + 1
+    if status is not None:
+        attempt = (status.current_attempt or 0) + 1
         message += f" (attempt {attempt} of {status.max_attempts})" if attempt > 1 else ""
-        progress.attempts.setdefault(run_id, {})[step] = attempt
+        counts = progress.attempts.setdefault(run_id, {})
+        counts[step] = max(attempt, counts.get(step, 0))
         if len(progress.attempts) > 1000:  # the oldest run has ended long ago
             del progress.attempts[next(iter(progress.attempts))]
     if progress.show != "nothing":

@@ -19,6 +19,7 @@ gate. Each of the first ones has a "before" and an "after":
 |------------------|-------------------------------------------------------------------------------|
 | insert NAME      | the run of that company is written, in a transaction that is not yet committed |
 | enqueue          | new runs are stored in a queue                                                |
+| look             | a worker looks for runs that dead processes have left                         |
 | register         | the queue is registered                                                       |
 | launch           | DBOS is launched                                                              |
 | dequeue          | DBOS takes a run from the queue (after: when there was one)                   |
@@ -146,6 +147,7 @@ def listen(owner: Any, name: str, what: Callable[[tuple[Any, ...]], str]) -> Non
 def listen_to_database() -> None:
     """Note each write that matters."""
     listen(agent, "enqueue", lambda _: "enqueue")
+    listen(agent, "take_over", lambda _: "look")
     listen(DBOS, "launch", lambda _: "launch")
     company = "attributes"
     for method, what in {
@@ -213,6 +215,7 @@ def main(
     version = patches.pop("version", config.APP_VERSION)
     vars(agent)["APP_VERSION"] = vars(config)["APP_VERSION"] = version
     vars(agent)["GRACE"] = patches.pop("grace", agent.GRACE)
+    vars(agent)["LOOK"] = patches.pop("look", agent.LOOK)
     vars(config)["RELOCK"] = patches.pop("relock", config.RELOCK)
     if stdin := patches.pop("stdin", None):
         sys.stdin = open(stdin)  # noqa: SIM115

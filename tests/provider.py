@@ -1,9 +1,8 @@
-"""A model provider on this machine that misbehaves on purpose: OpenAI's streaming chat API."""
+"""A model provider on this machine that misbehaves on purpose: OpenAI's chat API."""
 
 import json
 import socket
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,42 +19,42 @@ REPORT = {
 COMPANY = {"company_name": "Acme"}
 
 
-def tool_calls(*calls: tuple[str, str]) -> Iterator[str]:
-    """Stream an answer that calls tools, given as (name, arguments)."""
-    deltas: list[dict[str, Any]] = [
-        {
-            "tool_calls": [
-                {
-                    "index": index,
-                    "id": f"call_{index}_{name}",
-                    "type": "function",
-                    "function": {"name": name, "arguments": arguments},
-                }
-            ]
-        }
-        for index, (name, arguments) in enumerate(calls)
+def completion(message: dict[str, Any], finish_reason: str = "stop") -> dict[str, Any]:
+    """Return an answer of the API."""
+    return {
+        "id": "chat_1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "gpt-6-luna",
+        "choices": [{"index": 0, "finish_reason": finish_reason, "message": message}],
+        "usage": {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500},
+    }
+
+
+def tool_calls(*calls: tuple[str, str]) -> dict[str, Any]:
+    """Return an answer that calls tools, given as (name, arguments)."""
+    parts = [
+        {"id": f"call_{i}_{name}", "type": "function", "function": {"name": name, "arguments": a}}
+        for i, (name, a) in enumerate(calls)
     ]
-    for delta, reason in [*((delta, None) for delta in deltas), ({}, "tool_calls")]:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        yield json.dumps(
-            {
-                "id": "chat_1",
-                "object": "chat.completion.chunk",
-                "created": 1,
-                "model": "gpt-6-luna",
-                "choices": [choice],
-                "usage": {"prompt_tokens": 1000, "completion_tokens": 500, "total_tokens": 1500}
-                if reason
-                else None,
-            }
-        )
-    yield "[DONE]"
+    return completion({"role": "assistant", "content": None, "tool_calls": parts}, "tool_calls")
 
 
 BOTH_TOOLS = (
     ("fetch_company_overview", json.dumps(COMPANY)),
     ("fetch_financial_metrics", json.dumps(COMPANY)),
 )
+
+
+BROKEN = {
+    "empty": "",
+    "garbage": "{not json",
+    "html": "<html>busy</html>",
+    "null": "null",
+    "no choices": json.dumps({**completion({}), "choices": []}),
+    "choices of another shape": json.dumps({**completion({}), "choices": "x"}),
+}
+"""Bodies that come with status 200 and hold nothing usable."""
 
 
 class Provider(ThreadingHTTPServer):
@@ -102,52 +101,42 @@ class Handler(BaseHTTPRequestHandler):
             self.drop()
         elif word == "hang":
             self.server.closing.wait(60)
-        elif word == "garbage":
-            self.send_text("text/event-stream", "data: {not json\n\n")
-        elif word == "drop in stream":
-            self.start_stream()
-            self.send_chunk(next(tool_calls(*BOTH_TOOLS)))
+        elif word == "cut":
+            self.send_text('{"id": "chat_1"', length=1000)
             self.drop()
+        elif word in BROKEN:
+            self.send_text(BROKEN[word])
+        elif word == "filter":
+            self.answer(completion({"role": "assistant", "content": None}, "content_filter"))
         elif word == "malformed arguments":
-            self.stream(tool_calls(("fetch_company_overview", '{"company": ')))
+            self.answer(tool_calls(("fetch_company_overview", '{"company": ')))
         elif word == "unfit report":
-            self.stream(tool_calls(("final_result", json.dumps({**REPORT, "risks": []}))))
-        elif word == "both tools":
-            self.stream(tool_calls(*BOTH_TOOLS))
-        elif any(message["role"] == "tool" for message in body["messages"]):
-            self.stream(tool_calls(("final_result", json.dumps(REPORT))))
+            self.answer(tool_calls(("final_result", json.dumps({**REPORT, "risks": []}))))
+        elif (
+            any(message["role"] == "tool" for message in body["messages"]) and word != "both tools"
+        ):
+            self.answer(tool_calls(("final_result", json.dumps(REPORT))))
         else:
-            self.stream(tool_calls(*BOTH_TOOLS))
+            self.answer(tool_calls(*BOTH_TOOLS))
 
     def fail(self, status: int) -> None:
         # Worse than real providers: it quotes the whole key.
-        message = f"failure {status} for {self.headers['Authorization']}"
-        text = json.dumps({"error": {"message": message, "type": "error", "code": str(status)}})
-        self.send_text("application/json", text, status)
+        message = (
+            f"failure {status} for {self.headers['Authorization'] or self.headers['x-api-key']}"
+        )
+        error = {"message": message, "type": "error", "code": str(status)}
+        self.send_text(json.dumps({"error": error}), status)
 
-    def send_text(self, kind: str, text: str, status: int = 200) -> None:
+    def answer(self, completion: dict[str, Any]) -> None:
+        self.send_text(json.dumps(completion))
+
+    def send_text(self, text: str, status: int = 200, length: int | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(length or len(text)))
         self.end_headers()
         self.wfile.write(text.encode())
 
     def drop(self) -> None:
         self.connection.shutdown(socket.SHUT_RDWR)
         self.close_connection = True
-
-    def start_stream(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-
-    def send_chunk(self, text: str) -> None:
-        event = f"data: {text}\n\n".encode()
-        self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
-
-    def stream(self, chunks: Iterator[str]) -> None:
-        self.start_stream()
-        for chunk in chunks:
-            self.send_chunk(chunk)
-        self.wfile.write(b"0\r\n\r\n")

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -18,8 +19,8 @@ import pytest
 from conftest import PROJECT, App, fresh_postgres, start_postgres, wait_for
 from sqlalchemy import make_url
 
-from agent import recovery_lock
-from config import load_settings
+import tools
+
 
 
 def refused(app: App, *arguments: str, **options: Any) -> str:
@@ -124,15 +125,16 @@ def test_a_live_process_keeps_its_run_though_postgres_was_restarted(
     assert len(app.ledger("effect")) == 4
 
 
-def test_a_command_that_waits_for_another_ones_look_at_the_dead_says_so(
-    app: App, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_that_find_the_same_run_interrupted_do_not_both_resume_it(app: App) -> None:
     app.run("Acme", KILL_AT="before commit 3")
-    monkeypatch.setenv("DBOS_SYSTEM_DATABASE_URL", app.database_url)
-    with recovery_lock(load_settings()):
-        waiting = app.start("Acme").until_prints("Waiting for another process")
-        assert app.status() == "PENDING"
-    assert waiting.wait() == 0, waiting.stderr
+    first = app.start("Acme", WAIT_AT="before resume")
+    app.until("waiting before resume")
+    second = app.start("Acme").until_prints("executes nothing")
+    assert app.status() == "PENDING"
+    app.open_gate()
+    assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
+    assert len(app.ledger("done resume")) == 1
+    assert len(app.ledger("effect")) == 5, "only the step that was killed in flight ran twice"
 
 
 def test_another_program_locks_the_sqlite_file_for_a_while(sqlite_app: App) -> None:
@@ -212,14 +214,49 @@ GONE = base64.b64encode(b"cmodule_that_is_gone\nClass\n.").decode()
 def test_a_checkpoint_of_a_type_that_is_gone_is_a_clear_error(app: App) -> None:
     app.run("Acme", KILL_AT="before commit 3")
     app.rows(f"UPDATE {{dbos}}operation_outputs SET output = '{GONE}' WHERE function_id = 2")
-    assert "a checkpoint of run research-acme-" in refused(app, "Acme")
+    assert "the fetch_company_overview that run research-acme-" in refused(app, "Acme")
     assert app.status() == "PENDING"
 
 
 def test_a_stored_report_of_a_type_that_is_gone_is_a_clear_error(app: App) -> None:
     app.run("Acme")
     app.rows(f"UPDATE {{dbos}}workflow_output SET output = '{GONE}'")
-    assert "a checkpoint of run research-acme-" in refused(app, "Acme")
+    assert "the report that run research-acme-" in refused(app, "Acme")
+
+
+def older(cls: type, **fields: object) -> str:
+    """Return a pickled object of that class, as code that had only these fields has stored it."""
+    value = cls.__new__(cls)
+    object.__setattr__(value, "__dict__", fields)
+    object.__setattr__(value, "__pydantic_fields_set__", set(fields))
+    object.__setattr__(value, "__pydantic_extra__", None)
+    object.__setattr__(value, "__pydantic_private__", None)
+    return base64.b64encode(pickle.dumps(value)).decode()
+
+
+def test_a_tool_result_of_an_older_shape_is_refused_with_the_field_that_is_missing(
+    app: App,
+) -> None:
+    app.run("Acme", KILL_AT="before commit 3")
+    old = older(tools.CompanyOverview, company_name="Acme", industry="anvils", founded_year=1920)
+    app.rows(f"UPDATE {{dbos}}operation_outputs SET output = '{old}' WHERE function_id = 2")
+    message = refused(app, "Acme")
+    assert "no longer fits: employees: Field required" in message
+    assert "--bucket" in message
+    assert app.status() == "PENDING"
+
+
+def test_a_stored_report_of_an_older_shape_is_refused_with_the_field_that_is_missing(
+    app: App,
+) -> None:
+    app.run("Acme")
+    [(stored,)] = app.rows("SELECT output FROM {dbos}workflow_output")
+    result = pickle.loads(base64.b64decode(stored))
+    del result.output.__dict__["risks"]
+    old = base64.b64encode(pickle.dumps(result)).decode()
+    app.rows(f"UPDATE {{dbos}}workflow_output SET output = '{old}'")
+    assert "the report that run research-acme-" in refused(app, "Acme")
+    assert "no longer fits: risks: Field required" in refused(app, "Acme")
 
 
 def test_a_stored_error_of_a_type_that_is_gone_does_not_stop_the_run(app: App) -> None:

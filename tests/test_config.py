@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import config
+import tools
+from agent import read_requests
 from config import ResearchError, ResearchRequest, clean_text, derive_run_id, load_settings
 
 KEYS = {
-    "LOGFIRE_TOKEN",
     "MODEL",
     "OPENROUTER_API_KEY",
     "OPENAI_API_KEY",
@@ -26,6 +27,7 @@ KEYS = {
     "USER_ID",
     "DEMO_FAILURE_RATE",
     "DEMO_LATENCY",
+    "COST_LIMIT_USD",
 }
 REQUEST = ResearchRequest("local", "local", "Acme", "offline")
 
@@ -44,7 +46,7 @@ def test_without_any_setting_it_runs_offline_on_sqlite_beside_the_code(tmp_path:
     assert settings.model == "offline"
     assert settings.database_url.database == str(tmp_path / "research.sqlite")
     assert (settings.tenant_id, settings.user_id) == ("local", "local")
-    assert (settings.failure_rate, settings.latency) == (0.7, 1.0)
+    assert (settings.failure_rate, settings.latency) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_the_example_holds_exactly_the_keys_that_are_read() -> None:
     example = (Path(config.__file__).parent / ".env.example").read_text()
     assert set(re.findall(r"^(\w+)=", example, re.MULTILINE)) == KEYS
     source = Path(config.__file__).read_text()
-    assert set(re.findall(r'"([A-Z_]+(?:KEY|URL|ID|RATE|LATENCY|TOKEN)|MODEL)"', source)) == KEYS
+    assert set(re.findall(r'"([A-Z_]+(?:KEY|URL|ID|RATE|LATENCY|USD)|MODEL)"', source)) == KEYS
 
 
 def test_the_example_as_it_stands_changes_nothing(tmp_path: Path) -> None:
@@ -102,6 +104,7 @@ def test_an_env_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
         ("DEMO_FAILURE_RATE", "nan", "DEMO_FAILURE_RATE is 'nan'"),
         ("DEMO_LATENCY", "-1", "DEMO_LATENCY is '-1': give a number from 0 to 10"),
         ("DEMO_LATENCY", "inf", "DEMO_LATENCY is 'inf'"),
+        ("COST_LIMIT_USD", "-1", "COST_LIMIT_USD is '-1': give a number from 0 to 1000000"),
         ("TENANT_ID", "a\x00b", "TENANT_ID contains the control character U\\+0000"),
         ("USER_ID", "x" * 101, "USER_ID has 101 characters: give it 1 to 100"),
         ("OPENAI_API_KEY", "sk-“quoted”", "OPENAI_API_KEY contains a character that no key has"),
@@ -179,16 +182,10 @@ def test_every_usual_spelling_of_a_postgres_url_is_taken(scheme: str) -> None:
     assert settings.database_url.query == {"connect_timeout": "3", "sslmode": "require"}
     assert settings.database_label == "Postgres db on host"
     assert "secret" not in repr(settings)
-    assert settings.pooled_host is None
-
-
-def test_neons_pooled_host_is_noticed() -> None:
-    os.environ["NEON_DATABASE_URL"] = "postgresql://me@ep-cool-pooler.eu.aws.neon.tech/db"
-    assert load_settings().pooled_host == "ep-cool-pooler.eu.aws.neon.tech"
 
 
 def test_a_run_id_is_readable_and_does_not_change_from_release_to_release() -> None:
-    assert derive_run_id(REQUEST) == "research-acme-c7d8b2ce812daa6d"
+    assert derive_run_id(REQUEST) == "research-acme-67fc7338029ffc85"
 
 
 @pytest.mark.parametrize("same", ["ACME", " acme ", "Acme\u00a0", "\tAcme"])
@@ -220,6 +217,26 @@ def test_every_part_of_the_request_counts_and_none_runs_into_the_next() -> None:
         replace(REQUEST, model="off", bucket="line"),
     ]
     assert len({derive_run_id(request) for request in requests}) == len(requests)
+
+
+def test_whoever_changes_the_instructions_or_a_tool_asks_another_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = derive_run_id(REQUEST)
+
+    async def other_tool(company_name: str) -> None:
+        """Look up something else."""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tools, "INSTRUCTIONS", tools.INSTRUCTIONS + " Be brief.")
+        assert derive_run_id(REQUEST) != before
+    with monkeypatch.context() as patch:
+        patch.setattr(tools, "TOOLS", [*tools.TOOLS, other_tool])
+        assert derive_run_id(REQUEST) != before
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.fetch_company_overview, "__doc__", "Look up what a company does.")
+        assert derive_run_id(REQUEST) != before
+    assert derive_run_id(REQUEST) == before
 
 
 def test_a_name_without_latin_letters_has_an_id_too() -> None:
@@ -275,7 +292,7 @@ def test_fit_text_loses_its_stray_spaces_only() -> None:
     [
         (b"", "there is no company on standard input"),
         (b"# none\n\n", "there is no company on standard input"),
-        (b"Acme\nGlobex\n\xff\n", "line 3 is not UTF-8 text"),
+        (b"Acme\nGlobex\n\xff\n", "line 3: the company's name contains the control character U\\+DCFF"),
         (
             b"Acme\n\n" + b"x" * 101,
             "line 3: the company's name has 101 characters: give it 1 to 100",
@@ -288,7 +305,7 @@ def test_standard_input_that_is_unfit_is_an_error_that_names_the_line(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
     with pytest.raises(ResearchError, match=told):
-        load_settings().requests(["-"])
+        read_requests(load_settings(), ["-"], "")
 
 
 def test_doubled_names_blank_lines_and_comments_are_skipped(
@@ -297,6 +314,6 @@ def test_doubled_names_blank_lines_and_comments_are_skipped(
     lines = "\ufeffAcme\r\n\n  # a comment\n aCME \nGlobex"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     settings = load_settings()
-    requests = settings.requests(["-"], "Q4")
+    requests = read_requests(settings, ["-"], "Q4")
     assert [request.company for request in requests.values()] == ["Acme", "Globex"]
     assert next(iter(requests)) == derive_run_id(settings.request("Acme", "Q4"))

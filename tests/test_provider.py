@@ -6,8 +6,6 @@ import pytest
 from conftest import App
 from provider import Provider
 
-import agent
-
 
 def test_a_run_makes_two_model_requests_and_a_replay_makes_none(
     sqlite_app: App, provider: Provider
@@ -56,7 +54,12 @@ def test_tokens_and_the_price_are_told(sqlite_app: App, provider: Provider) -> N
         (["500"], 3),
         (["503", "502", "500"], 5),
         (["drop"], 3),
-        (["drop in stream"], 3),
+        (["cut"], 3),
+        (["empty"], 3),
+        (["garbage", "html"], 4),
+        (["null"], 3),
+        (["no choices", "choices of another shape", "empty"], 5),
+        (["answer", "garbage"], 3),
         (["answer", "429"], 3),
         (["malformed arguments", "both tools"], 3),
         (["answer", "unfit report", "unfit report"], 4),
@@ -79,6 +82,8 @@ def test_a_passing_fault_costs_one_request_more(
         ("500", "ModelServerError"),
         ("drop", "ModelConnectionError"),
         ("hang", "DBOSStepTimeoutError"),
+        ("garbage", "ModelAPIError"),
+        ("null", "UnexpectedModelBehavior"),
     ],
 )
 def test_a_lasting_fault_ends_after_four_requests_and_a_rerun_goes_on(
@@ -140,13 +145,15 @@ def test_a_bad_request_fails_at_once(sqlite_app: App, provider: Provider) -> Non
     assert len(provider.requests) == 1
 
 
-def test_garbage_fails_in_bounds_and_a_rerun_goes_on(sqlite_app: App, provider: Provider) -> None:
-    provider.script = ["garbage"] * 10
+def test_a_content_filter_is_not_asked_again(sqlite_app: App, provider: Provider) -> None:
+    provider.script = ["answer", "filter"]
     failed = sqlite_app.run("Acme", **provider.environment)
     assert failed.wait() == 1
-    assert len(provider.requests) <= 4
-    provider.script = []
-    assert sqlite_app.run("Acme", **provider.environment).wait() == 0
+    assert "ContentFilterError" in failed.stderr
+    assert len(provider.requests) == 2
+    again = sqlite_app.run("Acme", **provider.environment)
+    assert again.wait() == 0, again.stderr
+    assert len(sqlite_app.ledger("effect")) == 2
 
 
 def test_an_answer_that_never_fits_ends_in_bounds_and_a_rerun_asks_only_once_more(
@@ -169,10 +176,36 @@ def test_another_model_is_another_run(sqlite_app: App, provider: Provider) -> No
     assert len(provider.requests) == 2
 
 
-@pytest.mark.parametrize("name", ["openai", "openai-chat", "openrouter", "anthropic"])
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ("openai-chat:gpt-6-luna", "OPENAI"),
+        ("openai:gpt-6-luna", "OPENAI"),
+        ("anthropic:claude-haiku-5-5", "ANTHROPIC"),
+    ],
+)
 def test_the_providers_own_client_does_not_retry(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    sqlite_app: App, provider: Provider, model: str, key: str
 ) -> None:
-    for key in ("OPENAI_API_KEY", "OPENROUTER_API_KEY", "ANTHROPIC_API_KEY"):
-        monkeypatch.setenv(key, "sk-any")
-    assert agent._provider_without_retries(name).client.max_retries == 0
+    """DBOS does, so that a scripted server sees one request for each attempt."""
+    provider.script = ["503"] * 4
+    url = provider.environment["OPENAI_BASE_URL"].removesuffix("/v1" * (key == "ANTHROPIC"))
+    environment = {"MODEL": model, f"{key}_API_KEY": "sk-secret-key", f"{key}_BASE_URL": url}
+    failed = sqlite_app.run("Acme", **environment)
+    assert failed.wait() == 1
+    assert "request failed 4 times" in failed.stderr
+    assert len(provider.requests) == 4
+
+
+def test_a_run_that_costs_too_much_stops_and_goes_on_when_the_limit_is_raised(
+    app: App, provider: Provider
+) -> None:
+    stopped = app.run("Acme", COST_LIMIT_USD="0.00001", **provider.environment)
+    assert stopped.wait() == 1
+    assert "raise COST_LIMIT_USD" in stopped.stderr
+    assert len(provider.requests) == 1
+    again = app.run("Acme", **provider.environment)
+    assert again.wait() == 0, again.stderr
+    assert len(provider.requests) == 2
+    assert len(app.ledger("effect")) == 2
+    assert len(app.ledger("done commit 2")) == 1

@@ -11,10 +11,10 @@ from config import APP_VERSION
 NAMES = ["Acme", "Globex", "Initech"]
 
 
-def table(process: Process) -> dict[str, list[str]]:
-    """Return the rows of the table at the end: company to status, seconds and attempts."""
-    rows = process.stdout.split("attempts\n", 1)[1].split("\n\n")[0].splitlines()
-    return {row[:43].strip(): row[45:].split() for row in rows}
+def table(process: Process) -> dict[str, str]:
+    """Return the table at the end: company to the first word of its state."""
+    rows = process.stdout.split("  state\n", 1)[1].splitlines()
+    return {row[:38].strip(): row[51:].split()[0] for row in rows if not row.startswith(" ")}
 
 
 def enqueue(app: App, *names: str, version: str = APP_VERSION) -> None:
@@ -28,10 +28,10 @@ def test_each_of_several_names_is_the_run_it_would_be_alone(app: App) -> None:
     assert app.run("Globex").wait() == 0
     batch = app.run(*NAMES, "  ACME ")
     assert batch.wait() == 0, batch.stderr
-    assert {row[0] for row in table(batch).values()} == {"SUCCESS"}
+    assert set(table(batch).values()) == {"finished"}
     assert list(table(batch)) == NAMES
     assert len(app.ledger("effect")) == 4 * 3
-    assert "3 done, 0 running, 0 waiting, 0 failed; last: " in batch.stdout
+    assert "3 done, 0 running, 0 waiting, 0 failed\n" in batch.stdout
     assert "  step " not in batch.stdout
     assert max(len(line) for line in batch.stdout.splitlines()) <= 80
     assert "finished earlier" in app.run("Initech").stdout
@@ -44,16 +44,16 @@ def test_each_of_several_names_is_the_run_it_would_be_alone(app: App) -> None:
 def test_one_failure_stops_nobody_and_is_told_with_its_cure(app: App) -> None:
     batch = app.run("Acme", "???", "Globex", "--bucket", "my bucket")
     assert batch.wait() == 1
-    assert [row[0] for row in table(batch).values()] == ["SUCCESS", "ERROR", "SUCCESS"]
-    assert "\n???: UnexpectedModelBehavior: " in batch.stdout
-    assert "  resume it: uv run agent.py --bucket 'my bucket' '???'\n" in batch.stdout
+    assert list(table(batch).values()) == ["finished", "failed:", "finished"]
+    assert "failed: UnexpectedModelBehavior: " in " ".join(batch.stdout.split())
+    assert "    resume it: uv run agent.py --bucket 'my bucket' '???'\n" in batch.stdout
     assert batch.stderr == ""
 
 
 def test_failed_runs_go_on_from_their_failed_step(app: App) -> None:
     failed = app.run(*NAMES, OUTAGE="1")
     assert failed.wait() == 1
-    assert {row[0] for row in table(failed).values()} == {"ERROR"}
+    assert set(table(failed).values()) == {"failed:"}
     again = app.run(*NAMES)
     assert again.wait() == 0, again.stdout
     assert len(app.ledger("effect overview")) == 3
@@ -89,9 +89,12 @@ def test_bad_input_enqueues_nothing(sqlite_app: App) -> None:
     assert refused.stderr.startswith("error: name 2: the company's name contains the control")
     assert not (sqlite_app.folder / "research.sqlite").exists()
     for arguments, told in [
-        (["Acme", "Globex", "--run-id", "mine"], "--run-id is for one company"),
-        (["--worker", "bell\a"], "the worker's name contains the control character"),
-        (["Acme", "--worker", "w1"], "--worker takes its runs from the queue"),
+        (["Acme", "Globex", "--run-id", "mine"], "--run-id and --from-step are for one company"),
+        (["Acme", "--worker"], "--worker and --unfinished find their runs"),
+        (["Acme", "--unfinished"], "--worker and --unfinished find their runs"),
+        (["--unfinished", "--run-id", "mine"], "--run-id and --from-step are for one company"),
+        (["Acme", "Globex", "--from-step", "2"], "--run-id and --from-step are for one company"),
+        (["Acme", "--from-step", "0"], "--from-step takes a number from 1 to 1000"),
         (["Acme", "-"], '"-" reads the names from standard input'),
         (["--list", "0"], "--list takes a number"),
         (["Acme", "Globex", "--concurrency", "0"], "--concurrency takes a number from 1 to 1000"),
@@ -121,7 +124,7 @@ def test_no_more_runs_execute_at_once_than_concurrency_allows(app: App) -> None:
 def test_a_worker_executes_what_is_queued_and_finishes_it_on_sigterm(app: App) -> None:
     enqueue(app, *NAMES)
     assert app.statuses() == {"ENQUEUED": 3}
-    worker = app.start("--worker", "w1", "--concurrency", "1", WAIT_AT="after effect 3")
+    worker = app.start("--worker", "--concurrency", "1", WAIT_AT="after effect 3")
     app.until("waiting after effect 3")
     worker.signal(signal.SIGTERM)
     worker.until_prints("Asked to stop")
@@ -129,7 +132,7 @@ def test_a_worker_executes_what_is_queued_and_finishes_it_on_sigterm(app: App) -
     assert worker.wait() == 0, worker.stderr
     assert worker.stderr == ""
     assert app.statuses() == {"SUCCESS": 1, "ENQUEUED": 2}
-    assert "Worker w1 serves the queue research:offline." in worker.stdout
+    assert "A worker serves the queue research:offline." in worker.stdout
     assert "step 1: asks the model offline\n" in worker.stdout
     assert "  research-" in worker.stdout, "each line names its run"
 
@@ -140,14 +143,14 @@ def test_a_worker_that_cannot_finish_in_time_stops_and_goes_on_when_it_is_starte
 ) -> None:
     """What keeps it busy is a step, or a thread that waits for the database."""
     enqueue(app, "Acme", "Globex")
-    worker = app.start("--worker", "w1", WAIT_AT=point, patches={"grace": 1})
+    worker = app.start("--worker", WAIT_AT=point, patches={"grace": 1})
     wait_for(lambda: len(app.ledger("effect financials")) == 2, "two calls")
     app.until(f"waiting {point}")
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     assert worker.stderr == ""
     assert app.statuses() == {"PENDING": 2}
-    again = app.start("--worker", "w1")
+    again = app.start("--worker", patches={"look": 0.1})
     wait_for(lambda: app.statuses() == {"SUCCESS": 2}, "both runs to finish")
     again.signal(signal.SIGTERM)
     assert again.wait() == 0
@@ -155,15 +158,28 @@ def test_a_worker_that_cannot_finish_in_time_stops_and_goes_on_when_it_is_starte
     assert app.repeated() == []
 
 
-def test_a_worker_that_is_killed_finishes_what_it_had_begun_under_its_name(app: App) -> None:
+def test_another_worker_finishes_what_a_killed_one_had_begun(app: App) -> None:
     enqueue(app, *NAMES)
-    killed = app.start("--worker", "w1", WAIT_AT="after effect 3")
+    killed = app.start("--worker", WAIT_AT="after effect 3")
     wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
+    other = app.start("--worker", patches={"look": 0.1}).until_prints("A worker serves")
+    looks = len(app.ledger("done look"))
+    wait_for(lambda: len(app.ledger("done look")) > looks + 1, "two looks")
+    assert len(app.ledger("effect")) == 9, "as long as it lives, nobody touches its runs"
     killed.signal(signal.SIGKILL)
-    killed.wait()
-    app.start("--worker", "w2").until_prints("Worker w2 serves")
-    assert app.statuses() == {"PENDING": 3}, "another worker does not touch them"
-    app.start("--worker", "w1")
+    wait_for(lambda: app.statuses() == {"SUCCESS": 3}, "all to finish")
+    assert len(app.ledger("effect overview")) == 3
+    assert app.repeated() == []
+    other.signal(signal.SIGTERM)
+    assert other.wait() == 0
+
+
+def test_a_worker_finishes_what_a_killed_command_had_begun(app: App) -> None:
+    batch = app.start(*NAMES, WAIT_AT="after effect 3")
+    wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
+    batch.signal(signal.SIGKILL)
+    batch.wait()
+    app.start("--worker", patches={"look": 0.1})
     wait_for(lambda: app.statuses() == {"SUCCESS": 3}, "all to finish")
     assert len(app.ledger("effect overview")) == 3
     assert app.repeated() == []
@@ -175,7 +191,7 @@ def test_a_worker_that_cannot_store_how_a_run_ended_says_so_and_ends(
     """DBOS 3.4 would leave the run PENDING, and not execute it again."""
     app = app_without_database  # others share theirs
     enqueue(app, "Acme", "Globex")
-    worker = app.start("--worker", "w1", WAIT_AT="before outcome SUCCESS")
+    worker = app.start("--worker", WAIT_AT="before outcome SUCCESS")
     wait_for(lambda: len(app.ledger("stored")) == 8, "all steps of both to be stored")
     app.until("waiting before outcome SUCCESS")
     app.rows("ALTER TABLE {dbos}workflow_status RENAME TO damaged")
@@ -184,25 +200,15 @@ def test_a_worker_that_cannot_store_how_a_run_ended_says_so_and_ends(
     assert worker.stderr.startswith("error: the database (")
     assert "workflow_status" in worker.stderr
     app.rows("ALTER TABLE {dbos}damaged RENAME TO workflow_status")
-    app.start("--worker", "w1")
+    app.start("--worker", patches={"look": 0.1})
     wait_for(lambda: app.statuses() == {"SUCCESS": 2}, "both runs to finish")
     assert len(app.ledger("effect")) == 8
     assert app.repeated() == []
 
 
-def test_two_live_workers_never_share_a_name(app: App) -> None:
-    first = app.start("--worker", "w1").until_prints("Worker w1 serves")
-    second = app.run("--worker", "w1")
-    assert second.wait() == 2
-    assert second.stderr == "error: a worker named w1 is alive: choose another name.\n"
-    first.signal(signal.SIGKILL)
-    first.wait()
-    app.start("--worker", "w1").until_prints("Worker w1 serves")
-
-
 def test_a_live_batch_takes_over_from_a_worker_that_is_gone(app: App) -> None:
     enqueue(app, *NAMES)
-    worker = app.start("--worker", "w1", WAIT_AT="after effect 3")
+    worker = app.start("--worker", WAIT_AT="after effect 3")
     wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
     batch = app.start(*NAMES).until_prints("0 done, 3 running")
     assert len(app.ledger("effect")) == 9, "the worker is alive, so its runs are left to it"
@@ -216,16 +222,16 @@ def test_a_single_command_takes_a_queued_run_out_of_the_queue(app: App) -> None:
     enqueue(app, *NAMES)
     alone = app.run("Globex")
     assert alone.wait() == 0, alone.stderr
-    assert "interrupted, resumes after 0 finished steps" in alone.stdout.replace("\n", " ")
+    assert "enqueued, resumes after 0 finished steps" in alone.stdout.replace("\n", " ")
     assert app.statuses() == {"ENQUEUED": 2, "SUCCESS": 1}
 
 
 def test_a_single_command_waits_for_a_live_worker_and_prints_the_report(app: App) -> None:
     enqueue(app, *NAMES)
-    worker = app.start("--worker", "w1", WAIT_AT="after effect 3")
+    worker = app.start("--worker", WAIT_AT="after effect 3")
     wait_for(lambda: len(app.ledger("effect financials")) == 3, "three calls")
     alone = app.start("Globex").until_prints("executes nothing")
-    assert "being executed by w1." in alone.stdout.replace("\n", " ")
+    assert f":{worker.pid}:" in alone.stdout.replace("\n", " ")
     app.open_gate()
     assert alone.wait() == 0
     assert "company_name            Globex" in alone.stdout
@@ -251,7 +257,7 @@ def test_a_run_of_another_version_is_refused_and_stops_nobody(app: App, begun: b
         enqueue(app, "Acme", "Umbrella", version="old")
     batch = app.run(*NAMES)
     assert batch.wait() == 1
-    assert [row[0] for row in table(batch).values()] == ["REFUSED", "SUCCESS", "SUCCESS"]
+    assert list(table(batch).values()) == ["not", "finished", "finished"]
     assert "belongs to version old" in batch.stdout.replace("\n", " ")
 
 
@@ -261,8 +267,8 @@ def test_runs_that_are_cancelled_meanwhile_are_told_and_go_on_by_the_same_comman
     app.rows("UPDATE {dbos}workflow_status SET status = 'CANCELLED' WHERE status = 'ENQUEUED'")
     app.open_gate()
     assert batch.wait() == 1
-    assert sorted(row[0] for row in table(batch).values()) == ["CANCELLED"] * 2 + ["SUCCESS"]
-    assert ": cancelled\n  resume it: uv run agent.py " in batch.stdout
+    assert sorted(table(batch).values()) == ["cancelled"] * 2 + ["finished"]
+    assert "  cancelled\n    resume it: uv run agent.py " in batch.stdout
     assert app.run(*NAMES).wait() == 0
     assert len(app.ledger("effect")) == 12
 
@@ -283,13 +289,14 @@ def test_many_runs_finish_though_their_workers_are_killed_at_random(app: App) ->
     app.until_effects(4)
     batch.signal(signal.SIGKILL)
     assert batch.wait() == -signal.SIGKILL
-    workers = {name: app.start("--worker", name, **environment) for name in ("w1", "w2", "w3")}
+    look = {"look": 0.2}
+    workers = [app.start("--worker", patches=look, **environment) for _ in range(3)]
     for kill in range(1, kills + 1):
         app.until_effects(kill * 2 * many // kills)
-        name = dice.choice(list(workers))
-        workers[name].signal(signal.SIGKILL)
-        assert workers[name].wait() == -signal.SIGKILL
-        workers[name] = app.start("--worker", name, **environment)
+        killed = dice.randrange(3)
+        workers[killed].signal(signal.SIGKILL)
+        assert workers[killed].wait() == -signal.SIGKILL
+        workers[killed] = app.start("--worker", patches=look, **environment)
     last = app.run(*names)
     assert last.wait() == 0, last.stdout
     assert app.statuses() == {"SUCCESS": many}
@@ -304,3 +311,67 @@ def test_the_list_has_a_limit_and_says_how_to_see_more(app: App) -> None:
     assert len(listed) == 5
     assert listed[-1] == "These are the 2 newest; --list 20 shows more."
     assert len(app.run("--list", "3").stdout.splitlines()) == 6
+
+
+def test_the_list_tells_in_which_state_each_run_really_is(app: App) -> None:
+    app.run("Finished", "--bucket", "Q4")
+    app.run("Failed", OUTAGE="1")
+    app.run("Interrupted", KILL_AT="before commit 3")
+    app.run("Old", KILL_AT="before commit 3", patches={"version": "old"})
+    enqueue(app, "Queued", "Queued too")
+    live = app.start("Live", WAIT_AT="after effect 3")
+    app.until("waiting after effect 3")
+    told = " ".join(app.run("--list").stdout.split())
+    for line in [
+        "Finished, Q4: finished, 4 finished steps research-finished-",
+        "Failed: failed: PermissionError: the service is closed today, 2 finished steps",
+        "Interrupted: interrupted, 2 finished steps",
+        "Old, version old: interrupted, 2 finished steps",
+        "Queued: enqueued, 0 finished steps",
+        f":{live.pid}:",
+        "Live: executed by ",
+    ]:
+        assert line in told, told
+    assert "Finished, Q4, model offline: finished" in " ".join(
+        app.run("--list", MODEL="anthropic:x", ANTHROPIC_API_KEY="sk-any").stdout.split()
+    )
+
+
+def test_everything_unfinished_goes_on_and_what_others_have_or_was_cancelled_is_left(
+    app: App,
+) -> None:
+    app.run("Failed", "Failed too", OUTAGE="1")
+    app.run("Interrupted", KILL_AT="before commit 3")
+    app.run("Other", OUTAGE="1", USER_ID="other")
+    enqueue(app, "Queued", "Queued too")
+    app.run("Cancelled", KILL_AT="before commit 3")
+    name = "research-cancelled-%"
+    app.rows(
+        "UPDATE {dbos}workflow_status SET status = 'CANCELLED', queue_name = NULL"
+        f" WHERE workflow_uuid LIKE '{name}'"
+    )
+    live = app.start("Live", WAIT_AT="after effect 3")
+    app.until("waiting after effect 3")
+    everything = app.run("--unfinished")
+    assert everything.wait() == 0, everything.stdout + everything.stderr
+    told = " ".join(everything.stdout.split())
+    assert "5 unfinished runs go on. Left alone: 1 that live processes execute, 1" in told
+    assert set(table(everything)) == {"Failed", "Failed too", "Interrupted", "Queued", "Queued too"}
+    assert app.statuses() == {"SUCCESS": 5, "CANCELLED": 1, "PENDING": 1, "ERROR": 1}
+    app.open_gate()
+    assert live.wait() == 0
+    assert app.repeated() == []
+    nothing = app.run("--unfinished")
+    assert nothing.wait() == 0
+    assert "0 unfinished runs go on" in nothing.stdout
+
+
+def test_a_batch_is_told_of_runs_that_somebody_deletes(app: App) -> None:
+    batch = app.start(*NAMES, "--concurrency", "1", WAIT_AT="inside 2")
+    app.until("waiting inside 2")
+    app.rows("DELETE FROM {dbos}workflow_status WHERE status = 'ENQUEUED'")
+    app.open_gate()
+    assert batch.wait() == 1
+    assert "it was deleted meanwhile" in " ".join(batch.stdout.split())
+    assert sorted(table(batch).values()) == ["finished", "not", "not"]
+    assert app.run(*NAMES).wait() == 0

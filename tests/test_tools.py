@@ -91,8 +91,10 @@ async def test_each_call_passes_an_idempotency_key_and_no_payload_is_in_the_erro
     [(TimeoutError(), True), (ConnectionResetError(), True), (PermissionError(), False)],
 )
 def test_only_transient_failures_are_retried(error: Exception, retried: bool) -> None:
-    assert tools.retry_on(ConnectionError, TimeoutError)(error) is retried
-    assert not tools.retry_on(ConnectionError, TimeoutError)(ModelRetry("mend it"))
+    passing, lasting = (OSError,), (PermissionError,)
+    options = tools.retry(passing, lasting, attempts=2, first_wait=1, backoff=1)
+    assert options["should_retry"](error) is retried
+    assert not options["should_retry"](ModelRetry("mend it"))
 
 
 def test_the_waits_between_attempts_add_up_to_less_than_forty_seconds(sqlite_app: App) -> None:
@@ -100,4 +102,4 @@ def test_the_waits_between_attempts_add_up_to_less_than_forty_seconds(sqlite_app
     waits = {line.split()[1]: float(line.split()[2]) for line in sqlite_app.ledger("waits")}
     assert waits["fetch_company_overview"] == 0
     assert 30 < waits["fetch_financial_metrics"] < 40
-    assert waits["research_agent__model.request_stream"] == 7
+    assert waits["research_agent__model.request"] == 7
