@@ -274,7 +274,14 @@ def research(
         enqueue(executor, {run_id: requests[run_id] for run_id in new})
     first_look = True
     while True:
-        stored = executor.look(requests.keys() - outcomes.keys())
+        try:
+            stored = executor.look(requests.keys() - outcomes.keys())
+        except config.DATABASE_ERRORS:
+            if not executor.launched:
+                raise
+            tell("")  # DBOS waits for a database that is away for a while, so this does as well
+            time.sleep(1)
+            continue
         alive = {executor.id}
         for run_id in requests.keys() - outcomes.keys():
             run, request = stored.get(run_id), requests[run_id]
@@ -491,7 +498,8 @@ def work(executor: Executor) -> None:
     where = f"Process {os.getpid()}. Database: {executor.settings.database_label}."
     print_wrapped(f"A worker serves the queue {executor.queue}. {where}")
     while not stop.wait(timeout=LOOK):
-        take_over(executor)
+        with suppress(*config.DATABASE_ERRORS):  # it may be away for a while
+            take_over(executor)
     print_line("Asked to stop: taking no more runs, and finishing what has begun.")
     # Whatever blocks, a step or a thread that waits for the database, this process ends in time.
     end = threading.Timer(GRACE + 1, os._exit, [0])

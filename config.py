@@ -327,32 +327,20 @@ def take_lock(url: URL, name: str) -> Iterator[bool]:
 
 
 def hold_lock(url: URL, name: str) -> tuple[object, dict[str, Any]]:
-    """Take the lock by which others see that this process lives, and keep it.
+    """Take the lock by which others see that this process lives.
 
     Returns:
-        What holds the lock for as long as it exists, and engine options for DBOS. With these, each
-        of its connections to Postgres holds the lock as well. So it is held again as soon as DBOS
-        has connected again, after a restart of the server or a cut of the network.
-
-    Raises:
-        ResearchError: A live process has that name.
+        What must be kept for as long as the lock is, and engine options for DBOS. With these, each
+        of its connections to Postgres holds the lock before it takes a run. So the lock is held
+        again as soon as DBOS has connected again, after a restart of the server or a cut network.
     """
-    taken = ResearchError(f"a worker named {name} is alive: choose another name.")
     if url.drivername == "sqlite":
         for path in _lock_file(url, name).parent.iterdir():
             with _take_file(path):  # which removes the file, if its process has died
                 pass
-        try:
-            return FileLock(_lock_file(url, name)).acquire(timeout=RELOCK).lock, {}
-        except Timeout:
-            raise taken from None
-    connection, deadline = _connect(url), time.monotonic() + RELOCK
-    while not connection.scalar(_try_lock(name)):  # who only looks has it for a moment
-        if time.monotonic() > deadline:
-            raise taken
-        time.sleep(0.2)
+        return FileLock(_lock_file(url, name)).acquire().lock, {}
 
-    def share(session: Any, _record: object = None) -> None:
+    def share(session: Any, _record: object) -> None:
         # The server must not end the session for being idle. And it must notice within half a
         # minute, not two hours, that this machine has lost its power or its network.
         session.execute(
@@ -362,9 +350,7 @@ def hold_lock(url: URL, name: str) -> tuple[object, dict[str, Any]]:
         )
         session.commit()
 
-    share(connection.connection.driver_connection)
-    connection.exec_driver_sql(f"SELECT pg_advisory_unlock({_lock_key(name)})")
-    return connection, {"pool_events": [(share, "connect")]}
+    return None, {"pool_events": [(share, "connect")]}
 
 
 def _lock_key(name: str) -> int:

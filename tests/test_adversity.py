@@ -22,7 +22,6 @@ from sqlalchemy import make_url
 import tools
 
 
-
 def refused(app: App, *arguments: str, **options: Any) -> str:
     """Run the command; return its error, which is one or two lines and exit code 2."""
     process = app.run(*arguments, **options)

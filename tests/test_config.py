@@ -292,7 +292,10 @@ def test_fit_text_loses_its_stray_spaces_only() -> None:
     [
         (b"", "there is no company on standard input"),
         (b"# none\n\n", "there is no company on standard input"),
-        (b"Acme\nGlobex\n\xff\n", "line 3: the company's name contains the control character U\\+DCFF"),
+        (
+            b"Acme\nGlobex\n\xff\n",
+            "line 3: the company's name contains the control character U\\+DCFF",
+        ),
         (
             b"Acme\n\n" + b"x" * 101,
             "line 3: the company's name has 101 characters: give it 1 to 100",
