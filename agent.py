@@ -16,6 +16,7 @@ see, and the command line.
 
 import argparse
 import gc
+import inspect
 import io
 import logging
 import os
@@ -207,6 +208,9 @@ class Executor:
         # Others must see that this process lives before it takes its first run.
         url = self.settings.database_url
         self.lock, engine_options = config.hold_lock(url, self.id)
+        for run in self.look(queue.name for queue in self.client.list_queues()).values():
+            if succeeded(run):  # its process has died before it could delete its queue
+                self.client.delete_queue(run.workflow_id)
         # DBOS serves at once a queue that is registered before the launch, and a later one only
         # after up to a second.
         self.client.register_queue(
@@ -290,7 +294,8 @@ def research(
                     raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
                 if run is not None and (succeeded(run) or not (first_look or is_open(run))):
                     refuse_if_unfit(run, request)
-                    found.setdefault(run_id, FINISHED)
+                    if not executor.launched:
+                        found.setdefault(run_id, FINISHED)
                     outcomes[run_id] = run
                 elif run is None or not (lock_name(run) in alive or executor.will_take(run)):
                     found[run_id] = decide(executor, request, run_id)
@@ -439,7 +444,8 @@ def read_stored(run_id: str, name: str, value: Any) -> Any:
     only their use would fail. In place of what it cannot unpickle, DBOS returns the raw text.
     """
     plain = value.model_dump(warnings=False) if isinstance(value, BaseModel) else value
-    types = {"model request": ai.ModelResponse, "report": tools.ResearchReport, **tools.STEP_TYPES}
+    types = {tool.__name__: inspect.signature(tool).return_annotation for tool in tools.TOOLS}
+    types |= {"model request": ai.ModelResponse, "report": tools.ResearchReport}
     try:
         return TypeAdapter(types.get(name, Any)).validate_python(plain)
     except ValidationError as error:
@@ -449,6 +455,12 @@ def read_stored(run_id: str, name: str, value: Any) -> Any:
             f"the {name} that run {run_id} has stored no longer fits: {what}: {problem['msg']}.\n"
             "Go back to the code that stored it, or start a new run with another --bucket."
         ) from None
+
+
+def read_report(run: WorkflowStatus) -> tools.ResearchReport:
+    """Return the report of a finished run; raise `ResearchError` if it is of another type."""
+    stored = getattr(run.output, "output", run.output)
+    return cast(tools.ResearchReport, read_stored(run.workflow_id, "report", stored))
 
 
 def find_failure(stored: WorkflowStatus, steps: list[StepInfo]) -> tuple[int, object] | None:
@@ -498,8 +510,7 @@ def work(executor: Executor) -> None:
     where = f"Process {os.getpid()}. Database: {executor.settings.database_label}."
     print_wrapped(f"A worker serves the queue {executor.queue}. {where}")
     while not stop.wait(timeout=LOOK):
-        with suppress(*config.DATABASE_ERRORS):  # it may be away for a while
-            take_over(executor)
+        take_over(executor)
     print_line("Asked to stop: taking no more runs, and finishing what has begun.")
     # Whatever blocks, a step or a thread that waits for the database, this process ends in time.
     end = threading.Timer(GRACE + 1, os._exit, [0])
@@ -510,13 +521,14 @@ def work(executor: Executor) -> None:
 def take_over(executor: Executor) -> None:
     """Resume the runs of the executor's queue whose processes have died."""
     alive = {executor.id}
-    for run in executor.client.list_workflows(
-        status="PENDING", queue_name=executor.queue, load_input=False, load_output=False
-    ):
-        if run.executor_id not in alive:
-            with suppress(ResearchError):  # for example, it belongs to another version
-                found = decide(executor, request_of(run), run.workflow_id)
-                alive |= {found.owner or executor.id}
+    with suppress(*config.DATABASE_ERRORS):  # it may be away for a while
+        for run in executor.client.list_workflows(
+            status="PENDING", queue_name=executor.queue, load_input=False, load_output=False
+        ):
+            if run.executor_id not in alive:
+                with suppress(ResearchError):  # for example, it belongs to another version
+                    found = decide(executor, request_of(run), run.workflow_id)
+                    alive |= {found.owner or executor.id}
 
 
 def request_of(run: WorkflowStatus) -> ResearchRequest:
@@ -541,8 +553,8 @@ def find_unfinished(executor: Executor) -> dict[str, ResearchRequest]:
                 alive += 1
             else:
                 requests[run.workflow_id] = asked
-    told = f"{len(requests)} unfinished runs go on. Left alone: {alive} that live processes execute"
-    print_wrapped(f"{told}, {cancelled} that were cancelled.")
+    told = f"Unfinished runs that go on: {len(requests)}. Left alone: {alive} that live processes"
+    print_wrapped(f"{told} execute, {cancelled} that were cancelled.")
     return requests
 
 
@@ -612,7 +624,7 @@ def print_run(executor: Executor, run_id: str, before: set[int]) -> None:
     """Print the report, where each step's result came from, and what checkpoints saved."""
     run = executor.look([run_id], load_output=True)[run_id]
     print_line("")
-    for name, value in read_stored(run_id, "report", getattr(run.output, "output", run.output)):
+    for name, value in read_report(run):
         text = "; ".join(value) if isinstance(value, list) else str(value)
         print_wrapped(ljust(name, 24) + text, indent=24)
     print_line(
@@ -633,7 +645,7 @@ def print_run(executor: Executor, run_id: str, before: set[int]) -> None:
             requests += usage is not None
             tokens += usage.total_tokens if usage else 0
             seconds += took
-        else:
+        elif not step["function_name"].startswith("DBOS."):  # such as events and messages
             line += "ran in another process"
         print_line(line.rstrip())
     saved = f"model requests {requests}, tokens {tokens}, seconds {seconds:.1f}"

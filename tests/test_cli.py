@@ -1,13 +1,57 @@
-"""What the command says, and how it ends, when something is wrong."""
+"""What the command prints and leaves behind, and how it ends when something is wrong."""
 
 import re
+import shlex
+import signal
 import socket
 import subprocess
 import sys
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
 import pytest
 from conftest import PROJECT, App
+from wcwidth import wcswidth
+
+import agent
+import config
+from config import ResearchRequest, derive_run_id
+
+NAMES = [
+    "Acme",
+    "日本電産" * 10,
+    "日本電産株式会社",
+    unicodedata.normalize("NFD", "Công ty Cổ phần Sữa Việt Nam"),
+    "טבע תעשיות פרמצבטיות",
+    "أرامكو السعودية",
+    "شرکت می\u200cرود",
+]
+"""Wide letters, combining marks, letters from right to left, and an invisible joiner."""
+
+ACME = ResearchRequest("local", "local", "Acme", "offline")
+INTERRUPTED = "\nInterrupted: what finished is stored. Run the same command to resume.\n"
+
+
+def words(text: str) -> str:
+    """Return a text without its line breaks."""
+    return " ".join(text.split())
+
+
+def columns(text: str) -> int:
+    """Return how many columns of a terminal a line takes."""
+    width = wcswidth(text)
+    assert width >= 0, f"a control character in {text!r}"
+    return width
+
+
+def copy_the_code(folder: Path) -> Path:
+    """Copy the modules to a folder without `.env`; return the command's path."""
+    for name in ("agent.py", "tools.py", "config.py"):
+        (folder / name).write_bytes((PROJECT / name).read_bytes())
+    return folder / "agent.py"
 
 
 def one_error(app: App, *arguments: str, **environment: str) -> str:
@@ -90,16 +134,6 @@ def test_a_path_that_cannot_be_written_is_an_error(sqlite_app: App) -> None:
     assert "unable to open database file" in one_error(sqlite_app, "Acme")
 
 
-def test_neons_pooled_host_is_warned_of_in_one_line(sqlite_app: App) -> None:
-    url = "postgresql://me:secret@ep-x-pooler.eu.neon.tech:1/db?hostaddr=127.0.0.1"
-    process = sqlite_app.run("Acme", DBOS_SYSTEM_DATABASE_URL=url)
-    assert process.wait() == 2
-    assert process.stderr.splitlines()[0] == (
-        "warning: DBOS needs Neon's direct host, ep-x.eu.neon.tech"
-    )
-    assert "secret" not in process.stderr
-
-
 def test_verbose_shows_the_log_and_tracebacks_and_otherwise_there_is_neither(
     sqlite_app: App,
 ) -> None:
@@ -114,28 +148,170 @@ def test_verbose_shows_the_log_and_tracebacks_and_otherwise_there_is_neither(
 def test_a_quiet_success_writes_nothing_to_stderr_and_fits_80_columns(app: App) -> None:
     run = app.run("A company with quite a long name, which is here to fill the line, Incorporated")
     assert run.stderr == ""
-    assert max(len(line) for line in run.stdout.splitlines()) <= 80
+    assert max(columns(line) for line in run.stdout.splitlines()) <= 80
     assert "\x1b" not in run.stdout
 
 
-def test_the_data_say_that_they_are_invented_and_the_model_that_it_is_none(sqlite_app: App) -> None:
+def test_the_first_line_says_what_runs_where_in_which_process_and_that_the_model_is_none(
+    app: App,
+) -> None:
+    run = app.run("Acme")
+    database = "SQLite research.sqlite" if "sqlite" in app.database_url else "Postgres migrated on"
+    assert words(run.stdout).startswith(
+        f"Run {derive_run_id(ACME)}: new. Process {run.pid}. Model: offline, a script"
+        f" (for a real one, see .env.example). Database: {database}"
+    )
+
+
+def test_the_data_say_that_they_are_invented(sqlite_app: App) -> None:
     run = sqlite_app.run("Acme")
-    text = re.sub(r"\s+", " ", run.stdout)
-    assert "Invented for this tutorial: not facts about a real company." in text
-    assert "A script stands in for the model. To use a real one, see .env.example." in text
+    assert "Invented for this tutorial: not facts about a real company." in words(run.stdout)
+
+
+def test_the_last_line_says_what_checkpoints_saved(sqlite_app: App) -> None:
+    sqlite_app.run("Acme", KILL_AT="before commit 3")
+    resumed = sqlite_app.run("Acme")
+    rows = resumed.stdout.split("US$\n")[1].splitlines()
+    assert rows[:2] == [
+        " 1  model request              restored",
+        " 2  fetch_company_overview     restored",
+    ]
+    assert [re.split("  +", row.strip())[2] for row in rows[2:4]] == ["ran", "ran"]
+    assert rows[4].startswith("Saved by checkpoints: model requests 1, tokens 69, seconds ")
+    new = sqlite_app.run("Globex")
+    assert new.stdout.splitlines()[-1] == "Saved by checkpoints: nothing"
+
+
+@pytest.mark.parametrize("point", ["inside 1", "after effect 3"])
+def test_who_waits_for_a_live_process_says_so_and_does_not_claim_its_work(
+    app: App, point: str
+) -> None:
+    first = app.start("Acme", WAIT_AT=point)
+    app.until(f"waiting {point}")
+    second = app.start("Acme").until_prints("being executed by")
+    [(executor,)] = app.rows("SELECT executor_id FROM {dbos}workflow_status")
+    app.open_gate()
+    assert (first.wait(), second.wait()) == (0, 0)
+    told = words(second.stdout)
+    assert f":{first.pid}:" in executor
+    assert (
+        f"being executed by {executor}. This process waits for it and executes nothing."
+        f" Process {second.pid}. Model: offline"
+    ) in told
+    assert "  step " not in second.stdout
+    assert second.stdout.splitlines()[-1] == "Saved by checkpoints: nothing"
+    assert second.stdout.count("ran in another process\n") == 4
+
+
+def test_who_waits_prints_a_sign_of_life_every_15_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = SimpleNamespace(now=1000)
+    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    line = agent.StatusLine("Run mine: ", ".")
+    printed = {}
+    for second in range(60):
+        clock.now = 1000 + second
+        line.show("new" if second < 20 else "executed by another process")
+        if told := capsys.readouterr().out:
+            printed[second] = told
+    life = "  not finished yet\n"
+    assert printed == {
+        0: "Run mine: new.\n",
+        16: life,
+        20: "Run mine: executed by another process.\n",
+        36: life,
+        52: life,
+    }
+
+
+def test_a_failed_attempt_says_how_long_it_waits_and_that_all_fail_is_rare(
+    sqlite_app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = sqlite_app.run("Acme", DEMO_FAILURE_RATE="1")
+    waits = re.findall(r"failed with \w+: [^;]+; next attempt in (\d+\.\d) s", words(failed.stdout))
+    attempts = failed.stdout.count("fetch_financial_metrics calls the service")
+    assert len(waits) == attempts - 1
+    [line] = sqlite_app.ledger("waits fetch_financial_metrics")
+    rounded = 0.05 * len(waits)
+    assert sum(map(float, waits)) == pytest.approx(float(line.split()[-1]), abs=rounded)
+    monkeypatch.setattr(config, "PROJECT", sqlite_app.folder)
+    monkeypatch.delenv("DEMO_FAILURE_RATE", raising=False)
+    assert config.load_settings().failure_rate ** attempts < 1 / 1000
+
+
+def test_the_lines_of_failed_attempts_fit_80_columns(sqlite_app: App) -> None:
+    failed = sqlite_app.run("Acme", DEMO_FAILURE_RATE="1")
+    assert [line for line in failed.stdout.splitlines() if columns(line) > 80] == []
+
+
+def test_the_table_of_many_runs_is_aligned_whatever_their_names_are_written_in(
+    sqlite_app: App,
+) -> None:
+    failed = sqlite_app.run(*NAMES, OUTAGE="1")
+    finished = sqlite_app.run(*NAMES)
+    for process, state in ((failed, "failed"), (finished, "finished")):
+        table = process.stdout[process.stdout.index("company  ") :].splitlines()
+        rows = [found for line in table if (found := re.match(rf"(.*\d\.\d)  {state}", line))]
+        ends = {columns(row[1]) for row in rows} | {columns(table[0].removesuffix("  state"))}
+        assert len(rows) == len(NAMES)
+        assert len(ends) == 1, "the column ends where its heading ends"
+        for row, name in zip(rows, NAMES, strict=True):
+            assert row[1].startswith(name[:15])
+        commands = [line for line in table if "resume it: " in line]
+        for line in set(process.stdout.splitlines()) - set(commands):
+            assert columns(line) <= 80
+        # To be copied, so neither folded nor cut.
+        assert [shlex.split(line)[-1] for line in commands] == NAMES * (state == "failed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_report_and_the_steps_are_aligned_whatever_the_name_is_written_in(
+    sqlite_app: App, name: str
+) -> None:
+    run = sqlite_app.run(name)
+    assert all(columns(line) <= 80 for line in run.stdout.splitlines())
+    _, report, steps = run.stdout.split("\n\n")
+    for line in report.splitlines():
+        assert re.fullmatch("[a-z_]* *", line[:24])
+        assert line[24:25] != " "
+    assert name.replace(" ", "") in re.sub(r"\s", "", report)
+    heading, *rows, _saved = steps.splitlines()
+    places = [re.search(what, heading) for what in ("this time", "attempts", "seconds")]
+    expected = [place and place.span()[number > 0] for number, place in enumerate(places)]
+    for row in rows:
+        found = re.match(r"(((.* )ran +\d+) +\d+\.\d)", row)
+        assert found
+        assert [columns(found[group]) for group in (3, 2, 1)] == expected
+
+
+@pytest.mark.parametrize("name", [*NAMES, "Zürich Ångström"])
+def test_a_name_is_the_same_run_in_every_unicode_form(name: str) -> None:
+    """Their compatibility forms are equal to their canonical ones, which not all names' are."""
+    forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD", "NFKC", "NFKD")]
+    requests = [replace(ACME, company=form) for form in [name, *forms]]
+    assert len({derive_run_id(request) for request in requests}) == 1
+
+
+def test_the_same_name_from_another_keyboard_replays_the_run(sqlite_app: App) -> None:
+    composed = unicodedata.normalize("NFC", NAMES[3])
+    assert composed != NAMES[3]
+    assert ": new." in sqlite_app.run(composed).stdout
+    assert "finished earlier" in sqlite_app.run(NAMES[3]).stdout
+    assert len(sqlite_app.ledger("effect")) == 4
 
 
 def test_the_real_command_runs_from_any_directory_and_loads_no_providers_client(
     tmp_path: Path,
 ) -> None:
-    for name in ("agent.py", "tools.py", "config.py"):
-        (tmp_path / name).write_bytes((PROJECT / name).read_bytes())
+    copy_the_code(tmp_path)
     code = (
         "import gc, runpy, sys; sys.argv = ['agent.py']\n"
         f"sys.path.insert(0, {str(tmp_path)!r})\n"
         "try: runpy.run_path(sys.path[0] + '/agent.py', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
-        "assert gc.isenabled()  # it is off only while importing\n"
+        # What the imports have made is not looked through when the process ends.
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()\n"
         "print('LOADED', {'openai', 'anthropic'} & set(sys.modules))"
     )
     run = subprocess.run(
@@ -147,40 +323,48 @@ def test_the_real_command_runs_from_any_directory_and_loads_no_providers_client(
         check=True,
     )
     assert "Quantum Compute Corp" in run.stdout
-    assert "Saved by checkpoints: nothing, every step ran\n" in run.stdout
+    assert "Saved by checkpoints: nothing\n" in run.stdout
     assert run.stdout.splitlines()[-1] == "LOADED set()"
     assert (tmp_path / "research.sqlite").exists()
 
 
-@pytest.mark.parametrize("moment", ["import", "imported"])
-def test_ctrl_c_in_the_first_seconds_ends_in_one_line(tmp_path: Path, moment: str) -> None:
-    """At the first import of agent.py, and at the last."""
+def test_ctrl_c_as_soon_as_the_command_has_begun_ends_in_one_line(tmp_path: Path) -> None:
+    """Before that, while Python imports the libraries, Python ends it in its own way."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import builtins, os, signal\n"
-        "real = builtins.__import__\n"
-        "def watched(name, *rest):\n"
-        f"    if name == {'argparse' if moment == 'import' else 'tools'!r}:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return real(name, *rest)\n"
-        "builtins.__import__ = watched\n"
+        "import os, signal\n"
+        "real = signal.signal\n"
+        "def watched(number, handler):\n"
+        "    real(number, handler)\n"
+        "    if number == signal.SIGINT: os.kill(os.getpid(), number)\n"
+        "signal.signal = watched\n"
     )
     run = subprocess.run(
-        [sys.executable, PROJECT / "agent.py"],
+        [sys.executable, copy_the_code(tmp_path)],
         env={"PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 130
-    assert run.stderr == "\nInterrupted: what finished is stored. Run the same command to resume.\n"
+    assert run.stderr == INTERRUPTED
     assert run.stdout == ""
+    assert not (tmp_path / "research.sqlite").exists()
+
+
+@pytest.mark.parametrize("point", ["before launch", "before enqueue", "before outcome SUCCESS"])
+def test_ctrl_c_between_two_steps_ends_in_one_line_too(sqlite_app: App, point: str) -> None:
+    process = sqlite_app.start("Acme", WAIT_AT=point)
+    sqlite_app.until(f"waiting {point}")
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert process.stderr == INTERRUPTED
+    assert sqlite_app.run("Acme").wait() == 0
+    assert sqlite_app.repeated() == []
 
 
 def test_a_terminal_that_cannot_show_a_name_does_not_fail_the_run(tmp_path: Path) -> None:
-    for name in ("agent.py", "tools.py", "config.py"):
-        (tmp_path / name).write_bytes((PROJECT / name).read_bytes())
     run = subprocess.run(
-        [sys.executable, tmp_path / "agent.py", "Café Ω"],
+        [sys.executable, copy_the_code(tmp_path), "Café Ω"],
         env={"PYTHONIOENCODING": "ascii", "DEMO_LATENCY": "0", "DEMO_FAILURE_RATE": "0"},
         capture_output=True,
         text=True,
@@ -223,3 +407,64 @@ def test_a_reader_that_goes_away_does_not_fail_the_run(tmp_path: Path) -> None:
         assert process.stderr.read() == b""
     assert process.wait() == 0
     assert App(tmp_path, database).status() == "SUCCESS"
+
+
+def test_only_its_owner_can_read_the_sqlite_database_and_what_lies_beside_it(
+    sqlite_app: App,
+) -> None:
+    """Killed in the middle of a transaction, so that SQLite's journal is there as well."""
+    folder = sqlite_app.folder
+    environment = {
+        "HOME": str(folder),
+        "LEDGER": str(folder / "ledger"),
+        "DBOS_SYSTEM_DATABASE_URL": sqlite_app.database_url,
+        "KILL_AT": "after insert Acme",
+    }
+    code = f"import child; child.main(['Acme'], {environment}, {str(folder / 'output')!r}, {{}})"
+    run = subprocess.run([sys.executable, "-c", code], umask=0, check=False)
+    assert run.returncode == -signal.SIGKILL
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.glob("research.sqlite*")}
+    assert modes == {
+        "research.sqlite": 0o600,
+        "research.sqlite-journal": 0o600,
+        "research.sqlite.locks": 0o700,
+    }
+
+
+def test_dead_processes_leave_no_locks_once_another_one_executes(sqlite_app: App) -> None:
+    sqlite_app.run("Finished")
+    sqlite_app.run("Failed", OUTAGE="1")
+    sqlite_app.run("Killed", KILL_AT="before commit 3")
+    sqlite_app.run("Killed", "Too", KILL_AT="before outcome SUCCESS")
+    locks = sqlite_app.folder / "research.sqlite.locks"
+    assert list(locks.iterdir()) != []
+    for count, name in enumerate(("Live", "Live too"), start=1):
+        sqlite_app.start(name, WAIT_AT="after effect 3")
+        sqlite_app.until("waiting after effect 3", times=count)
+        assert len(list(locks.iterdir())) == count
+    for path in locks.iterdir():
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(path).acquire(blocking=False)
+
+
+def test_no_queue_is_left_of_runs_that_have_finished(app: App) -> None:
+    app.run("Killed", KILL_AT="before commit 3")
+    app.run("Failed", OUTAGE="1")
+    first = app.start("Taken over", WAIT_AT="after effect 3")
+    app.until("waiting after effect 3")
+    second = app.start("Taken over").until_prints("being executed by")
+    assert len(app.rows("SELECT name FROM {dbos}queues")) == 3
+    first.signal(signal.SIGKILL)
+    assert [second.wait(), app.run("Killed").wait(), app.run("Failed").wait()] == [0, 0, 0]
+    assert app.rows("SELECT name FROM {dbos}queues") == []
+
+
+@pytest.mark.parametrize("killed_at", ["before commit 3", "after outcome SUCCESS"])
+def test_a_queue_that_a_killed_process_left_is_gone_once_another_one_executes(
+    app: App, killed_at: str
+) -> None:
+    app.run("Acme", KILL_AT=killed_at)
+    app.run("Acme", "Globex")
+    assert app.run("Initech").wait() == 0
+    assert app.statuses() == {"SUCCESS": 3}
+    assert app.rows("SELECT name FROM {dbos}queues") == [("research:offline",)], "for many runs"

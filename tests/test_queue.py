@@ -355,7 +355,7 @@ def test_everything_unfinished_goes_on_and_what_others_have_or_was_cancelled_is_
     everything = app.run("--unfinished")
     assert everything.wait() == 0, everything.stdout + everything.stderr
     told = " ".join(everything.stdout.split())
-    assert "5 unfinished runs go on. Left alone: 1 that live processes execute, 1" in told
+    assert "Unfinished runs that go on: 5. Left alone: 1 that live processes execute, 1" in told
     assert set(table(everything)) == {"Failed", "Failed too", "Interrupted", "Queued", "Queued too"}
     assert app.statuses() == {"SUCCESS": 5, "CANCELLED": 1, "PENDING": 1, "ERROR": 1}
     app.open_gate()
@@ -363,7 +363,7 @@ def test_everything_unfinished_goes_on_and_what_others_have_or_was_cancelled_is_
     assert app.repeated() == []
     nothing = app.run("--unfinished")
     assert nothing.wait() == 0
-    assert "0 unfinished runs go on" in nothing.stdout
+    assert "Unfinished runs that go on: 0." in nothing.stdout
 
 
 def test_a_batch_is_told_of_runs_that_somebody_deletes(app: App) -> None:
