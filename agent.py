@@ -47,6 +47,7 @@ from pydantic_ai import messages as ai
 from pydantic_ai.durable_exec.dbos import DBOSAgent, StepConfig
 from pydantic_ai.models import Model
 from pydantic_ai.models.wrapper import WrapperModel
+from sqlalchemy.exc import IntegrityError
 from wcwidth import clip, ljust, wrap
 
 import config
@@ -208,9 +209,7 @@ class Executor:
         # Others must see that this process lives before it takes its first run.
         url = self.settings.database_url
         self.lock, engine_options = config.hold_lock(url, self.id)
-        for run in self.look(queue.name for queue in self.client.list_queues()).values():
-            if succeeded(run):  # its process has died before it could delete its queue
-                self.client.delete_queue(run.workflow_id)
+        delete_old_queues(self)
         # DBOS serves at once a queue that is registered before the launch, and a later one only
         # after up to a second.
         self.client.register_queue(
@@ -365,8 +364,7 @@ class ModelInStep(WrapperModel):
         try:
             response = await super().request(messages, *settings_and_tools)
         except ai_error.ModelHTTPError as error:
-            hide_key(error, self)
-            raise
+            raise hide_key(error, self) from None
         with suppress(LookupError, ValueError):  # genai-prices does not know the model
             response.usage.cost = response.usage.cost or response.cost().total_price
         for call in response.tool_calls:
@@ -374,17 +372,17 @@ class ModelInStep(WrapperModel):
         return response
 
 
-def hide_key(error: ai_error.ModelHTTPError, model: Model) -> None:
-    """Remove the API key from an error: DBOS stores errors, and providers may quote the key."""
-    key = getattr(getattr(model.provider, "client", None), "api_key", None)
+def hide_key(error: ai_error.ModelHTTPError, model: Model) -> ai_error.ModelAPIError:
+    """Return the error without the API key: DBOS stores errors, and providers may quote the key."""
     if isinstance(error, ai_error.ModelAuthenticationError):
         keys = [key for key, name in config.MODEL_BY_KEY.items() if name.startswith(model.system)]
-        error.message = f"the provider refused the API key: check {' '.join(keys) or 'it'} in .env"
-    elif key and f"{key}" in f"{error} {error.headers}":
-        error.message = f"status {error.status_code}, with a text that quoted the API key"
-    else:
-        return
-    error.body, error.headers, error.args, error.__cause__ = None, None, (error.message,), None
+        told = f"the provider refused the API key: check {' '.join(keys) or 'it'} in .env"
+        return ai_error.ModelAuthenticationError(model.model_name, told)
+    key = getattr(getattr(model.provider, "client", None), "api_key", None)
+    if key and f"{key}" in f"{error} {error.headers}":
+        error.body, error.headers = "removed, because it quoted the API key", None
+        error.args = (f"status_code: {error.status_code}, body: {error.body}",)
+    return error
 
 
 def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
@@ -406,6 +404,13 @@ def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
             # `deps` are stored as well. So there are none: a resumed run would get old ones back.
             executor.client.enqueue_in_transaction(transaction, options, request.prompt, deps=None)
     engine.dispose()
+
+
+def delete_old_queues(executor: Executor) -> None:
+    """Delete the queues of single runs that have finished, whose processes died before they did."""
+    for run in executor.look(queue.name for queue in executor.client.list_queues()).values():
+        if succeeded(run):
+            executor.client.delete_queue(run.workflow_id)
 
 
 def refuse_if_unfit(
@@ -575,7 +580,7 @@ def fork(executor: Executor, request: ResearchRequest, run_id: str, step: int) -
         raise ResearchError(f"there is no step {step} in run {run_id}: see --list.")
     refuse_if_unfit(base, request, goes_on=True)
     executor.launch()
-    with SetWorkflowID(executor.queue):
+    with SetWorkflowID(executor.queue), suppress(IntegrityError):  # another process was faster
         # Without a version no process would take it; without a queue, any process would.
         executor.client.fork_workflow(
             run_id, step, application_version=APP_VERSION, queue_name=executor.queue
@@ -620,8 +625,9 @@ class StatusLine:
         self.shown, self.printed = text or self.shown, time.monotonic()
 
 
-def print_run(executor: Executor, run_id: str, before: set[int]) -> None:
+def print_run(executor: Executor, run_id: str, restored: list[StepInfo]) -> None:
     """Print the report, where each step's result came from, and what checkpoints saved."""
+    before = {step["function_id"] for step in restored}
     run = executor.look([run_id], load_output=True)[run_id]
     print_line("")
     for name, value in read_report(run):
@@ -788,7 +794,8 @@ def run_command(settings: Settings, options: argparse.Namespace) -> int:
         return 0
     if len(requests) == 1 and not (options.worker or options.unfinished):
         [(run_id, request)] = requests.items()
-        run_one(settings, request, options.run_id or run_id, options.from_step)
+        run_id = run_id if options.run_id is None else options.run_id
+        run_one(settings, request, run_id, options.from_step)
         if options.crash:
             print_line("--crash found nothing to kill: fetch_financial_metrics did not run after")
             print_line("fetch_company_overview in this process.")
@@ -814,31 +821,33 @@ def run_one(
     settings: Settings, request: ResearchRequest, run_id: str, from_step: int | None
 ) -> None:
     """Bring one run to its end, and print its report."""
-    base = config.clean_text("the run ID", run_id)
+    base, again = config.clean_text("the run ID", run_id), ""
+    if ":" in base:
+        raise ResearchError("the run ID contains a colon, as only names of shared queues do.")
+    run_id = f"{base}-from-{from_step}" if from_step else base
+    if from_step:
+        again = f" It is run {base} again from step {from_step}."
     script = ", a script (for a real one, see .env.example)" if request.model == "offline" else ""
     where = f"Model: {request.model}{script}. Database: {settings.database_label}."
-    again = ""
-    if from_step:
-        run_id, again = (
-            f"{base}-from-{from_step}",
-            f" It is run {base} again from step {from_step}.",
-        )
-    executor = Executor(settings, run_id)
     line = StatusLine(f"Run {run_id}: ", f".{again} Process {os.getpid()}. {where}")
-    if from_step and not executor.look([run_id]):
+    executor = Executor(settings, run_id)
+    seen = executor.look([run_id]).get(run_id)
+    if from_step and seen is None:
         fork(executor, request, base, from_step)
         line.show("new")
     steps = executor.client.list_workflow_steps(run_id, load_output=False)
-    before = {step["function_id"] for step in steps}
     [outcome] = research(executor, {run_id: request}, line.show).values()
     if isinstance(outcome, ResearchError):
         raise outcome
     if not succeeded(outcome):
+        was = "" if outcome.status == "ERROR" else "was "
         raise RunFailed(
-            f"the run {describe_state(executor, outcome)}\n"
-            "Finished steps are stored. Run the same command to resume from the failed one."
+            f"the run {was}{describe_state(executor, outcome)}\n"
+            "Finished steps are stored. Run the same command to resume."
         )
-    print_run(executor, run_id, before)
+    # To a process that has only waited, nothing was restored.
+    replayed = seen is not None and succeeded(seen)
+    print_run(executor, run_id, steps if executor.launched or replayed else [])
     if from_step:
         print_line(f"Steps before step {from_step} are those of run {base}.")
     if executor.launched:  # its queue has served its run

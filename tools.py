@@ -127,7 +127,7 @@ def retry(
         attempt = progress.attempts.get(DBOS.workflow_id or "", {}).get(DBOS.step_id or 0, 1)
         told = f"failed with {type(error).__name__}: {error}"[:150]
         if again and attempt < attempts:
-            told += f"; next attempt in {first_wait * backoff ** (attempt - 1):.1f} s"
+            told += f"; again in {first_wait * backoff ** (attempt - 1):.1f} s"
         print_in_step(told)
         return again
 
@@ -186,7 +186,7 @@ async def fetch_financial_metrics(company_name: str) -> FinancialMetrics:
     except LookupError as error:  # it goes back to the model, which can mend it: no retry
         raise ModelRetry(f"{error}: check the name and call again") from None
     except ValidationError:  # its text quotes the payload, and the checkpoint would too
-        raise MalformedPayloadError("the payload lacks what was promised") from None
+        raise MalformedPayloadError("incomplete payload") from None
 
 
 INSTRUCTIONS = """\

@@ -5,9 +5,8 @@
 It kills a run and resumes it in a temporary folder, starts the viewer on that database, and takes a
 picture of the run's timeline. Look at it, and copy the version and the date to the README.
 
-It needs a network from which uv can install the viewer, Playwright and Python 3.12, a browser
-(Chromium on the PATH, or Playwright's own: `uvx playwright install chromium`), and a font with
-mathematical symbols (Debian: `fonts-noto-core`). The picture shows this machine's host name.
+It needs Chromium on the PATH, or Playwright's own (`uvx playwright install chromium`), and a font
+with mathematical symbols (Debian: `fonts-noto-core`). The picture shows this machine's host name.
 """
 # ruff: noqa: S603 - it starts no program that others choose
 
@@ -22,10 +21,9 @@ import time
 from datetime import date
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import sync_playwright  # type: ignore[import-not-found,unused-ignore]
 
 PROJECT = Path(__file__).resolve().parent.parent
-PICTURE = PROJECT / ".github" / "argus.png"
 VIEWER = "dbos-argus@0.0.41"
 UVX = ["uvx", "--python", "3.12", VIEWER, "--log-level", "warning"]
 
@@ -39,6 +37,7 @@ def make_run(folder: str) -> None:
     killed = subprocess.run([*command, "--crash"], cwd=folder, env=settings, check=False)
     if killed.returncode != -signal.SIGKILL:
         sys.exit("The first process should have been killed.")
+    time.sleep(5)  # the viewer hatches a pause that is longer than the steps by far
     subprocess.run(command, cwd=folder, env=settings, check=True)
 
 
@@ -51,7 +50,7 @@ def take_picture(address: str) -> None:
         page.goto(f"{address}/#/workflows/{run['workflow_id']}?view=timeline")
         for text in ("Connected", "fetch_financial_metrics", "Decoded"):
             page.get_by_text(text).first.wait_for()
-        page.screenshot(path=PICTURE, animations="disabled")
+        page.screenshot(path=PROJECT / ".github" / "argus.png", animations="disabled")
 
 
 with tempfile.TemporaryDirectory() as folder:
@@ -67,4 +66,4 @@ with tempfile.TemporaryDirectory() as folder:
     finally:
         viewer.terminate()
         viewer.wait()
-print(f"{PICTURE}: {VIEWER}, {date.today().isoformat()}")
+print(f".github/argus.png: {VIEWER}, {date.today().isoformat()}")

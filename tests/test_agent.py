@@ -154,7 +154,7 @@ def test_a_tool_call_that_the_model_can_mend_goes_back_to_it_without_a_retry(
 ) -> None:
     async def misspell_first(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.ModelResponse:
         if len(messages) == 1:
-            call = ai.ToolCallPart("fetch_company_overview", {"company_name": "???"})
+            call = ai.ToolCallPart("fetch_financial_metrics", {"company_name": "???"})
             return ai.ModelResponse(parts=[call])
         return await tools.offline_script(messages, info)
 

@@ -229,7 +229,7 @@ def test_a_failed_attempt_says_how_long_it_waits_and_that_all_fail_is_rare(
     sqlite_app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = sqlite_app.run("Acme", DEMO_FAILURE_RATE="1")
-    waits = re.findall(r"failed with \w+: [^;]+; next attempt in (\d+\.\d) s", words(failed.stdout))
+    waits = re.findall(r"failed with \w+: [^;]+; again in (\d+\.\d) s", words(failed.stdout))
     attempts = failed.stdout.count("fetch_financial_metrics calls the service")
     assert len(waits) == attempts - 1
     [line] = sqlite_app.ledger("waits fetch_financial_metrics")

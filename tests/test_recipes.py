@@ -40,16 +40,25 @@ def test_what_the_readme_shows_of_a_diff_or_of_the_service_is_what_the_file_says
         assert f"tests/{name}" in README
 
 
+TABLE = "SELECT 1 FROM sqlite_master WHERE name = 'operation_outputs'"
+
+
 def test_the_plain_pattern_survives_a_kill(tmp_path: Path) -> None:
     [plain] = blocks("python", 'name="plain"')
     (copy_app(tmp_path) / "plain.py").write_text(plain)
-    crash = plain.replace("DBOS.launch()", "tools.service.crash = True\nDBOS.launch()")
-    (tmp_path / "crash.py").write_text(crash)
-    assert run(tmp_path, "crash.py").returncode == -signal.SIGKILL
+    slow = plain.replace("DBOS.launch()", "tools.service.latency = 1\nDBOS.launch()")
+    (tmp_path / "slow.py").write_text(slow)
+    app = App(tmp_path, f"sqlite:///{tmp_path / 'plain.sqlite'}")
+    first_step = "SELECT output, completed_at_epoch_ms FROM operation_outputs WHERE function_id = 1"
+    with subprocess.Popen([sys.executable, "slow.py"], cwd=tmp_path, env=ENVIRONMENT) as process:
+        wait_for(lambda: app.rows(TABLE) and app.rows(first_step), "step 1")
+        process.kill()
+    stored = app.rows(first_step)
     again = run(tmp_path, "plain.py")
     assert again.returncode == 0, again.stdout
-    assert "step 2" not in again.stdout
-    assert "step 3: fetch_financial_metrics calls the service" in again.stdout
+    assert "company_name='Acme'" in again.stdout
+    assert app.rows(first_step) == stored, "the checkpoint is the one of the killed process"
+    assert app.statuses() == {"SUCCESS": 1}
 
 
 def test_runs_killed_under_dbos_agent_finish_under_dbos_durability(
