@@ -188,8 +188,8 @@ class Executor:
         Args:
             settings: From `load_settings()`.
             queue: The queue to take runs from. One that is named like a run has that run alone.
-            concurrency: How many runs of the queue each process may execute at once. DBOS stores
-                it with the queue. None leaves it as it is, which is 10 at first.
+            concurrency: How many runs of the queue each process executes at once; it is stored
+                with the queue. None leaves it as it is, which is 10 at first.
         """
         self.settings, self.queue, self.concurrency = settings, queue, concurrency
         # At launch, DBOS resumes every unfinished run that carries this process's executor ID. By
@@ -244,11 +244,6 @@ class Executor:
             )
         return {run.workflow_id: run for run in runs}
 
-    def will_take(self, run: WorkflowStatus) -> bool:
-        """Tell whether this process, or another one on the same queue, is going to take the run."""
-        mine = run.queue_name == self.queue and run.app_version == APP_VERSION
-        return self.launched and run.status == "ENQUEUED" and mine
-
 
 # ---------------------------------------------------------------- 4. research
 
@@ -282,7 +277,7 @@ def research(
         except config.DATABASE_ERRORS:
             if not executor.launched:
                 raise
-            tell("")  # DBOS waits for a database that is away for a while, so this does as well
+            tell("")  # DBOS waits for a database that is away for a while, so this does too
             time.sleep(1)
             continue
         alive = {executor.id}
@@ -291,12 +286,13 @@ def research(
             try:
                 if run is None and not first_look:
                     raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
-                if run is not None and (succeeded(run) or not (first_look or is_open(run))):
+                # A failure that is found at first is resumed. A later one is how the run has ended.
+                if run and (succeeded(run) or not (first_look or is_open(run))):
                     refuse_if_unfit(run, request)
                     if not executor.launched:
                         found.setdefault(run_id, FINISHED)
                     outcomes[run_id] = run
-                elif run is None or not (lock_name(run) in alive or executor.will_take(run)):
+                elif run is None or not (lock_name(run) in alive or will_take(executor, run)):
                     found[run_id] = decide(executor, request, run_id)
                     alive |= {found[run_id].owner or executor.id}
             except ResearchError as error:
@@ -321,6 +317,12 @@ class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
 def is_open(run: WorkflowStatus) -> bool:
     """Tell whether a run is going to be executed, or is being executed."""
     return run.status in ("ENQUEUED", "PENDING")
+
+
+def will_take(executor: Executor, run: WorkflowStatus) -> bool:
+    """Tell whether this process, or another one on the same queue, is going to take the run."""
+    mine = run.queue_name == executor.queue and run.app_version == APP_VERSION
+    return executor.launched and run.status == "ENQUEUED" and mine
 
 
 def succeeded(outcome: Outcome) -> bool:

@@ -103,10 +103,10 @@ class Relay(Between):
 
 
 class Pooler(Between):
-    """A pooler in transaction mode: each transaction gets another connection to the server.
+    """A pooler in transaction mode: each transaction gets one of a few connections to the server.
 
-    It is a stand-in for PgBouncer, with the same three choices of the next connection: the one used
-    last, the one used longest ago (`server_round_robin`), and, as behind a balancer, any of them.
+    It is a stand-in for PgBouncer, with its two ways to choose among the idle ones, the one used
+    last or (`server_round_robin`) the one used longest ago, and a third, which is any of them.
     """
 
     def __init__(self, server_url: str, size: int, idle: type[queue.Queue[Any]]) -> None:
@@ -114,19 +114,24 @@ class Pooler(Between):
         self.size, self.idle = size, idle
         self.lock = threading.Lock()
         self.pools: dict[bytes, tuple[bytes, queue.Queue[BinaryIO]]] = {}
+        """Database to how the server greets there, and the idle connections."""
 
     def handle(self, client: socket.socket) -> None:
         with client.makefile("rwb") as stream:
             startup = read_startup(stream)
-            fields = startup[8:].split(b"\0")
-            database = dict(zip(fields[::2], fields[1::2], strict=False))[b"database"]
+            fields = startup[8:].split(b"\0")  # name, value, name, value, and so on
+            database = fields[fields.index(b"database") + 1]
             with self.lock:
                 if database not in self.pools:
-                    made = [self.connect(startup) for _ in range(self.size)]
-                    pool = self.idle()
-                    for _, server in made:
-                        pool.put(server)
-                    self.pools[database] = made[0][0], pool
+                    greeting, first = self.connect(startup)
+                    if is_error(greeting):  # there is no such database
+                        stream.write(greeting)
+                        first.close()
+                        return
+                    more = [self.connect(startup)[1] for _ in range(self.size - 1)]
+                    self.pools[database] = greeting, self.idle()
+                    for server in (first, *more):
+                        self.pools[database][1].put(server)
             greeting, pool = self.pools[database]
             stream.write(greeting)
             stream.flush()
@@ -147,12 +152,11 @@ class Pooler(Between):
             server: BinaryIO = plain.makefile("rwb")
         server.write(startup)
         server.flush()
-        greeting = b""
-        while True:
+        greeting = message = read_message(server)
+        while message[:1] != b"Z" and not is_error(message):
             message = read_message(server)
             greeting += message
-            if message[:1] == b"Z":
-                return greeting, server
+        return greeting, server
 
     def server_close(self) -> None:
         super().server_close()
@@ -195,6 +199,10 @@ def read_startup(stream: BinaryIO) -> bytes:
 def read_message(stream: BinaryIO) -> bytes:
     head = read(stream, 5)
     return head + read(stream, struct.unpack("!i", head[1:])[0] - 4)
+
+
+def is_error(message: bytes) -> bool:
+    return message[:1] == b"E"
 
 
 def forward(message: bytes, client: BinaryIO, server: BinaryIO) -> bytes:

@@ -87,6 +87,16 @@ def test_a_database_without_tables_gets_none_by_way_of_such_a_pooler(app: App) -
     assert everything(app) == {}
 
 
+def test_a_missing_database_is_not_used_by_way_of_such_a_pooler_either(app: App) -> None:
+    missing = make_url(app.database_url).set(database=f"missing_{os.getpid()}")
+    app.database_url = missing.render_as_string(hide_password=False)
+    with Pooler(app.database_url, 20, queue.LifoQueue).serve() as pooler:
+        run = app.run("Acme", DBOS_SYSTEM_DATABASE_URL=pooler.url)
+    assert run.wait() == 2, run.stdout
+    assert "transaction mode" in run.stderr
+    assert app.ledger() == []
+
+
 @contextlib.contextmanager
 def other_clients(url: str, count: int) -> Iterator[None]:
     """Keep so many clients busy behind the pooler."""
@@ -262,3 +272,16 @@ def test_a_worker_goes_on_after_a_silence_and_after_it_was_believed_dead(
     assert worker.stderr == ""
     assert app.repeated() == []
     assert len(app.ledger("effect")) == 8 + 10 + 8, "only the two steps in flight ran twice"
+
+
+def test_a_worker_that_is_asked_to_stop_ends_in_time_though_the_network_is_silent(
+    app: App, relay: Relay
+) -> None:
+    patches = {**LOCKS, "grace": 1}
+    worker = app.start("--worker", patches=patches, DBOS_SYSTEM_DATABASE_URL=relay.url)
+    app.until("done look")
+    relay.fall_silent()
+    wait_for(lambda: len(app.ledger("try look")) > len(app.ledger("done look")), "a look")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0, worker.stderr
+    assert worker.stderr == ""
