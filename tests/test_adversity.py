@@ -136,6 +136,18 @@ def test_two_processes_that_find_the_same_run_interrupted_do_not_both_resume_it(
     assert len(app.ledger("effect")) == 5, "only the step that was killed in flight ran twice"
 
 
+def test_two_processes_that_find_the_same_run_failed_do_not_both_rewind_it(app: App) -> None:
+    """The second one sees the old failure while the first one decides: it is not its outcome."""
+    app.run("Acme", OUTAGE="1")
+    first = app.start("Acme", WAIT_AT="before rewind")
+    app.until("waiting before rewind")
+    second = app.start("Acme").until_prints("executes nothing")
+    app.open_gate()
+    assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
+    assert len(app.ledger("done rewind")) == 1
+    assert app.repeated() == []
+
+
 def test_another_program_locks_the_sqlite_file_for_a_while(sqlite_app: App) -> None:
     run = sqlite_app.start("Acme", WAIT_AT="before commit 3")
     sqlite_app.until("waiting before commit 3")

@@ -5,7 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from conftest import App
+from conftest import App, wait_for
 
 from config import APP_VERSION
 
@@ -231,10 +231,12 @@ def test_another_bucket_is_another_run_and_the_list_shows_both(app: App) -> None
     assert empty.stdout == "No runs are stored in this database.\n"
     assert app.run("Acme").wait() == 0
     assert app.run("Acme", "--bucket", "2026-Q4", KILL_AT="before commit 3").wait() < 0
+    # Postgres needs a moment to notice that the process is dead.
+    told = "Acme, 2026-Q4: interrupted, 2 finished steps"
+    wait_for(lambda: told in app.run("--list").stdout, "the interrupted run")
     listed = app.run("--list").stdout.splitlines()
     assert len(listed) == 4
-    assert "PENDING    2 finished steps  Acme" in listed[0]
-    assert "SUCCESS    4 finished steps  Acme" in listed[2]
+    assert "Acme: finished, 4 finished steps" in listed[2]
     assert all(len(line) <= 80 for line in listed)
 
 
