@@ -17,7 +17,7 @@ gate. Each of the first ones has a "before" and an "after":
 
 | point            | the moment                                                                    |
 |------------------|-------------------------------------------------------------------------------|
-| insert NAME      | the run of that company is written, in a transaction that is not yet committed |
+| insert NAME      | the run of that company is written, in a transaction not yet committed  |
 | enqueue          | new runs are stored in a queue                                                |
 | look             | a worker looks for runs that dead processes have left                         |
 | register         | the queue is registered                                                       |

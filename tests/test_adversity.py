@@ -142,6 +142,7 @@ def test_two_processes_that_find_the_same_run_failed_do_not_both_rewind_it(app: 
     first = app.start("Acme", WAIT_AT="before rewind")
     app.until("waiting before rewind")
     second = app.start("Acme").until_prints("executes nothing")
+    assert app.run("Globex").wait() == 0, "meanwhile the second one looks again"
     app.open_gate()
     assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
     assert len(app.ledger("done rewind")) == 1
