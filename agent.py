@@ -9,9 +9,15 @@ The promise: run the same command again, whatever happened, and the same run mov
 a step that finished is never repeated.
 
 Read this file from the top. `build_agent()` makes an agent durable. `decide()` keeps the promise:
-it looks in which state a run is, and brings it on its way. An `Executor` is a process that executes
-runs. `research()` uses all three until the runs have ended. What follows is details, what people
-see, and the command line.
+it looks in which state a run is, and starts or resumes it. An `Executor` is a process that executes
+runs. `research()` uses them until the runs have ended. Then come details, what people see, and the
+command line.
+
+DBOS stores each run (a "workflow") and the result of each step (its "checkpoint"). A run is
+ENQUEUED until a process takes it from its queue, and then PENDING, even if that process has died.
+It ends as SUCCESS, ERROR or CANCELLED. To resume is to put a run into a queue again: steps that
+have a checkpoint are not executed again. To rewind is to delete the checkpoints of a step and of
+all later ones first. An executor is launched when it begins to take runs.
 """
 
 import argparse
@@ -60,22 +66,6 @@ from tools import print_in_step, print_line, progress
 AGENT_NAME = "research_agent"
 WORKFLOW_NAME = f"{AGENT_NAME}.run"  # DBOSAgent registers its workflow under this name
 
-# Which failures of a model request may be gone at the next attempt, and which will not be gone.
-# DBOSAgent passes all these options to @DBOS.step, although its StepConfig type lists only some.
-PASSING = (
-    ai_error.ModelAPIError,  # a rate limit, an overload, a cut connection, an answer cut short
-    ai_error.UnexpectedModelBehavior,  # an answer that holds nothing usable
-    *(AttributeError, LookupError, TypeError),  # clients raise them for answers of another shape
-    dbos_error.DBOSStepTimeoutError,
-)
-LASTING = (
-    ai_error.ModelRequestRejectedError,  # a bad request, a refused key, an unknown model
-    ai_error.ModelQuotaExceededError,
-    ai_error.ContentFilterError,
-    ai_error.OutputTokenLimitExceeded,
-)
-MODEL_STEP = tools.retry(PASSING, LASTING, attempts=4, first_wait=1, backoff=2)
-
 
 def build_agent(settings: Settings) -> DBOSAgent[None, tools.ResearchReport]:
     """Build the durable agent: each model request and each tool call of its runs is a DBOS step."""
@@ -90,10 +80,11 @@ def build_agent(settings: Settings) -> DBOSAgent[None, tools.ResearchReport]:
         model_settings=ModelSettings(max_retries=0),
     )
     with warnings.catch_warnings():
-        # pydantic-ai 3 removes it; pyproject.toml excludes 3. The README shows how to migrate.
+        # pydantic-ai 3 removes it; pyproject.toml excludes 3.
         warnings.filterwarnings("ignore", "`DBOSAgent` is deprecated")
         return DBOSAgent(
             agent,
+            # Passed to @DBOS.step, which knows more options than the StepConfig type.
             model_step_config=cast(StepConfig, {"timeout_seconds": 90, **MODEL_STEP}),
             # One tool at a time, so that steps finish in the order of their numbers. Rewinding a
             # failed run deletes the failed step and every step with a higher number; with tools
@@ -107,10 +98,10 @@ def build_agent(settings: Settings) -> DBOSAgent[None, tools.ResearchReport]:
 
 @dataclass(frozen=True)
 class Found:
-    """In which state a run was found, in words, and which live process executes it, if one does."""
+    """What `decide()` has found."""
 
-    state: str
-    owner: str | None = None
+    state: str  # in words, for people
+    owner: str | None = None  # the live process that has the run, if another one has it
 
 
 FINISHED = Found("finished earlier, so its stored report is replayed")
@@ -119,11 +110,11 @@ FINISHED = Found("finished earlier, so its stored report is replayed")
 def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found:
     """Look in which state a run is, and put it into the executor's queue if there is work to do.
 
-    Every run comes through here, of one company or of many, for a worker or for a web service. The
-    look takes only a `DBOSClient`; the executor is launched when there is something to execute.
+    To look needs no launch. The executor is launched only when there is something to execute.
 
     Raises:
-        ResearchError: The run must not go on here, or the model cannot be used. Nothing is changed.
+        ResearchError: The run belongs to another request or version, or its checkpoints are not of
+            today's types, or the model cannot be used. Nothing is changed.
     """
     client, queue = executor.client, executor.queue
     seen = executor.look([run_id]).get(run_id)
@@ -131,44 +122,46 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
         executor.launch()
         enqueue(executor, {run_id: request})
         return Found("new")
-    refuse_if_unfit(seen, request)
+    refuse_other_request_or_version(seen, request)
     if seen.status == "SUCCESS":
         return FINISHED
-    # Each process that executes runs has a lock, named by its executor ID, until it dies. Whoever
-    # can take that lock knows that the process is dead, and is the only one who decides about what
-    # it has left, until the lock is free again. A run that no process executes has its own lock.
+    # A process that executes runs holds a lock, named by its executor ID, until it dies. Whoever
+    # can take that lock knows that the process is dead, and alone may touch its PENDING runs. For
+    # a run in any other state, the lock is named by the run's own ID.
     with config.take_lock(executor.settings.database_url, lock_name(seen)) as taken:
-        stored = executor.look([run_id], load_output=True).get(run_id)  # it may have changed
+        waits = "This process waits for it and executes nothing"
+        if not taken and seen.status == "PENDING":
+            return Found(f"being executed by {seen.executor_id}. {waits}", seen.executor_id)
+        stored = executor.look([run_id], load_output=True).get(run_id)
         if not taken or stored is None or lock_name(stored) != lock_name(seen):
-            owner = seen.executor_id if seen.status == "PENDING" else "another process"
-            told = f"being executed by {owner}. This process waits for it and executes nothing"
-            return Found(told, owner)
+            return Found(f"being taken over by another process. {waits}", "another process")
         if stored.status == "SUCCESS":
             return FINISHED
         steps = client.list_workflow_steps(run_id)
         refuse_if_unreadable(run_id, steps)
         executor.launch()
+        if failure := find_failure(stored, steps):
+            step, error = failure
+            if stored.status == "PENDING":
+                # Its process died before it could store the failure. Only a run that has ended can
+                # be rewound, and by whoever has its own lock.
+                client.cancel_workflow(run_id)
+                return decide(executor, request, run_id)
+            # To resume a failed run would only raise its stored error again.
+            with suppress(dbos_error.DBOSException):  # for example, somebody has deleted it
+                client.rewind_workflow(run_id, start_step=step, queue_name=queue)
+            return Found(f"failed at step {step} ({describe(error)}), resumes there")
         finished = count_finished(steps)
         match stored.status:
-            case _ if failure := find_failure(stored, steps):
-                # Resuming a failed run only raises its stored error again. Rewinding deletes the
-                # failed step first. It takes only runs that have ended, and a process may die
-                # after a step has failed and before the end of its run is stored.
-                step, error = failure
-                client.cancel_workflow(run_id)
-                with suppress(dbos_error.DBOSException):  # another process was faster
-                    client.rewind_workflow(run_id, start_step=step, queue_name=queue)
-                return Found(f"failed at step {step} ({describe(error)}), resumes there")
             case "ENQUEUED" if stored.queue_name == queue:
-                # DBOS lets only one of the processes that listen to a queue take a run from it.
                 return Found(f"enqueued, resumes after {finished}")
             case "PENDING":
-                # Without a queue name it would go to a queue from which every process takes runs.
-                client.resume_workflow(run_id, queue_name=queue)
-                return Found(f"interrupted, resumes after {finished}")
-            case status:  # in another queue, CANCELLED, or MAX_RECOVERY_ATTEMPTS_EXCEEDED
-                client.resume_workflow(run_id, queue_name=queue)
-                return Found(f"{status.lower().replace('_', ' ')}, resumes after {finished}")
+                told = "interrupted"
+            case status:  # ENQUEUED in another queue, CANCELLED, or MAX_RECOVERY_ATTEMPTS_EXCEEDED
+                told = status.lower().replace("_", " ")
+        # Without a queue name it would go to a queue from which every process takes runs.
+        client.resume_workflow(run_id, queue_name=queue)
+        return Found(f"{told}, resumes after {finished}")
 
 
 def lock_name(run: WorkflowStatus) -> str:
@@ -187,30 +180,29 @@ class Executor:
 
         Args:
             settings: From `load_settings()`.
-            queue: The queue to take runs from. One that is named like a run has that run alone.
+            queue: The queue to take runs from. A queue that is named by a run's ID holds only it.
             concurrency: How many runs of the queue each process executes at once; it is stored
                 with the queue. None leaves it as it is, which is 10 at first.
         """
         self.settings, self.queue, self.concurrency = settings, queue, concurrency
-        # At launch, DBOS resumes every unfinished run that carries this process's executor ID. By
-        # default each process has the ID "local", and so would resume other people's runs, even
-        # runs that are live in another process. A unique ID matches none.
+        # At launch, DBOS resumes every PENDING run with this executor ID. The default, "local",
+        # would match the runs of other processes that are alive.
         self.id = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.client = config.open_database(settings)
         self.launched = False
 
     def launch(self) -> None:
-        """Execute runs of the queue from now on; raise `ResearchError` if the model is unfit."""
+        """Execute runs of the queue from now on; `ResearchError` if the model cannot be used."""
         if self.launched:
             return
-        build_agent(self.settings)  # all workflows and steps must exist before DBOS is launched
+        build_agent(self.settings)  # registers the workflow, by whose name DBOS executes runs
         tools.service.failure_rate = self.settings.failure_rate
         tools.service.latency = self.settings.latency
-        # Others must see that this process lives before it takes its first run.
+        # The lock comes first: others must see that this process lives when it takes a run.
         url = self.settings.database_url
         self.lock, engine_options = config.hold_lock(url, self.id)
         delete_old_queues(self)
-        # DBOS serves at once a queue that is registered before the launch, and a later one only
+        # DBOS takes runs from a queue at once if it is registered before the launch, and else
         # after up to a second.
         self.client.register_queue(
             self.queue,
@@ -230,14 +222,16 @@ class Executor:
         )
         # Without this, DBOS takes runs from every queue, and other processes take ours.
         DBOS.listen_queues([self.queue])
+        # A log filter, because DBOS tells only its log that it could not store how a run ended.
         logging.getLogger("dbos").addFilter(partial(end_if_an_outcome_is_lost, self.settings))
         DBOS.launch()
         self.launched = True
 
     def look(self, run_ids: Iterable[str], load_output: bool = False) -> dict[str, WorkflowStatus]:
         """Return what is stored of these runs; their results and errors only on request."""
-        ids, runs = list(run_ids), list[WorkflowStatus]()
-        for start in range(0, len(ids), 200):
+        ids = list(run_ids)
+        runs: list[WorkflowStatus] = []
+        for start in range(0, len(ids), 200):  # a statement takes only so many parameters
             some = ids[start : start + 200]
             runs += self.client.list_workflows(
                 workflow_ids=some, load_input=False, load_output=load_output
@@ -247,8 +241,8 @@ class Executor:
 
 # ---------------------------------------------------------------- 4. research
 
+# How a run has ended: as DBOS stores it, or why it cannot go on here.
 Outcome = WorkflowStatus | ResearchError
-"""How a run ended: as DBOS stores it, or why it cannot go on here."""
 
 
 def research(
@@ -257,17 +251,15 @@ def research(
     """Bring runs to their ends, whatever states they are in. One that fails does not stop others.
 
     Args:
-        executor: Its queue is named like the only run, or is the shared queue of many.
-        requests: Run ID, from `derive_run_id()`, to request, from `settings.request()`.
-        tell: Called again and again with how far they are, in words.
-
-    Returns:
-        Run ID to outcome.
+        executor: Its queue is named by the only run's ID, or is the shared queue of many runs.
+        requests: Run ID to request.
+        tell: Called again and again with how far they are, in words; "" if that is unknown.
     """
     found: dict[str, Found] = {}
     outcomes: dict[str, Outcome] = {}
+    # Runs that this command has started, or has seen ENQUEUED or PENDING.
     going = requests.keys() - executor.look(requests).keys() if len(requests) > 1 else set()
-    if going:  # new ones: one transaction is quicker than many decisions
+    if going:  # one transaction is quicker than many decisions
         executor.launch()
         enqueue(executor, {run_id: requests[run_id] for run_id in going})
     while True:
@@ -280,19 +272,21 @@ def research(
             time.sleep(1)
             continue
         going |= {run_id for run_id, run in stored.items() if is_open(run)}
-        alive = {executor.id}
+        alive = {executor.id}  # processes that are known to live, in this look
         for run_id in requests.keys() - outcomes.keys():
             run, request = stored.get(run_id), requests[run_id]
+            # A failure from before this command is resumed. A later one is how the run has ended.
+            ended = run and (succeeded(run) or (run_id in going and not is_open(run)))
+            in_hand = run and (lock_name(run) in alive or will_take(executor, run))
             try:
                 if run is None and run_id in going:
                     raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
-                # A failure is resumed, unless this command has seen the run going on before it.
-                if run and (succeeded(run) or (run_id in going and not is_open(run))):
-                    refuse_if_unfit(run, request)
+                if run and ended:
+                    refuse_other_request_or_version(run, request)
+                    outcomes[run_id] = run
                     if not executor.launched:
                         found.setdefault(run_id, FINISHED)
-                    outcomes[run_id] = run
-                elif run is None or not (lock_name(run) in alive or will_take(executor, run)):
+                elif not in_hand:
                     found[run_id] = state = decide(executor, request, run_id)
                     if state.owner:
                         alive.add(state.owner)
@@ -303,8 +297,8 @@ def research(
         tell(describe_progress(requests, found, stored, outcomes))
         if len(outcomes) == len(requests):
             return outcomes
-        one = executor.launched and len(requests) == 1
-        time.sleep(0.05 if one else 0.5 + len(requests) / 1000)
+        alone = executor.launched and len(requests) == 1
+        time.sleep(0.05 if alone else 0.5 + len(requests) / 1000)  # many: look less often
 
 
 # ---------------------------------------------------------------- 5. details
@@ -341,6 +335,24 @@ def count_finished(steps: list[StepInfo]) -> str:
     """Say how many steps are stored that did not fail."""
     count = sum(step["error"] is None for step in steps)
     return f"{count} finished step{'' if count == 1 else 's'}"
+
+
+# Errors of a model request that are worth a retry, and those among them that are not.
+TRANSIENT = (
+    ai_error.ModelAPIError,  # a rate limit, an overload, a cut connection, an answer cut short
+    ai_error.UnexpectedModelBehavior,  # an answer that holds nothing usable
+    dbos_error.DBOSStepTimeoutError,
+    AttributeError,  # providers' clients raise this and the next two for answers of another shape
+    LookupError,
+    TypeError,
+)
+PERMANENT = (
+    ai_error.ModelRequestRejectedError,  # a bad request, a refused key, an unknown model
+    ai_error.ModelQuotaExceededError,
+    ai_error.ContentFilterError,
+    ai_error.OutputTokenLimitExceeded,
+)
+MODEL_STEP = tools.retry(TRANSIENT, PERMANENT, attempts=4, first_wait=1, backoff=2)
 
 
 class ModelInStep(WrapperModel):
@@ -418,7 +430,7 @@ def delete_old_queues(executor: Executor) -> None:
             executor.client.delete_queue(run.workflow_id)
 
 
-def refuse_if_unfit(
+def refuse_other_request_or_version(
     stored: WorkflowStatus, request: ResearchRequest, goes_on: bool = False
 ) -> None:
     """Raise `ResearchError` if a run answers another question, or would be waited for for ever."""
@@ -583,7 +595,7 @@ def fork(executor: Executor, request: ResearchRequest, run_id: str, step: int) -
     base, steps = executor.look([run_id]).get(run_id), executor.client.list_workflow_steps(run_id)
     if base is None or not 0 < step <= len(steps):
         raise ResearchError(f"there is no step {step} in run {run_id}: see --list.")
-    refuse_if_unfit(base, request, goes_on=True)
+    refuse_other_request_or_version(base, request, goes_on=True)
     executor.launch()
     with SetWorkflowID(executor.queue), suppress(IntegrityError):  # another process was faster
         # Without a version no process would take it; without a queue, any process would.

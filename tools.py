@@ -108,22 +108,22 @@ def print_in_step(message: str) -> None:
 
 
 def retry(
-    passing: tuple[type[Exception], ...],
-    lasting: tuple[type[Exception], ...] = (),
+    transient: tuple[type[Exception], ...],
+    permanent: tuple[type[Exception], ...] = (),
     *,
     attempts: int,
     first_wait: float,
     backoff: float,
 ) -> dict[str, Any]:
-    """Return `@DBOS.step` options that retry passing errors, and print each failure and each wait.
+    """Return `@DBOS.step` options that retry transient errors, and print failures and waits.
 
     Without `should_retry`, DBOS retries every exception: a refused key, and even a `ModelRetry`,
-    which then fails the run instead of reaching the model. Lasting errors are those kinds of
-    passing ones that do not pass. Waits are in seconds, each `backoff` times the one before.
+    which then fails the run instead of reaching the model. Permanent errors are exceptions to the
+    transient ones. Waits are in seconds, each `backoff` times the one before.
     """
 
     def should_retry(error: BaseException) -> bool:
-        again = isinstance(error, passing) and not isinstance(error, lasting)
+        again = isinstance(error, transient) and not isinstance(error, permanent)
         attempt = progress.attempts.get(DBOS.workflow_id or "", {}).get(DBOS.step_id or 0, 1)
         told = f"failed with {type(error).__name__}: {error}"[:150]
         if again and attempt < attempts:
@@ -162,7 +162,7 @@ async def fetch_company_overview(company_name: str) -> CompanyOverview:
     return CompanyOverview.model_validate(payload)
 
 
-PASSING = (
+TRANSIENT = (
     ConnectionError,
     TimeoutError,
     dbos_error.DBOSStepTimeoutError,  # raised by `timeout_seconds`; it is not a TimeoutError
@@ -172,7 +172,7 @@ PASSING = (
 
 
 # Nine waits, from 0.5 to 12.8 s, are 37 s in all. With DBOS's default backoff of 2 it is 256 s.
-@DBOS.step(timeout_seconds=30, **retry(PASSING, attempts=10, first_wait=0.5, backoff=1.5))
+@DBOS.step(timeout_seconds=30, **retry(TRANSIENT, attempts=10, first_wait=0.5, backoff=1.5))
 async def fetch_financial_metrics(company_name: str) -> FinancialMetrics:
     """Look up a company's revenue, growth and margin.
 
