@@ -132,23 +132,22 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
         waits = "This process waits for it and executes nothing"
         if not taken and seen.status == "PENDING":
             return Found(f"being executed by {seen.executor_id}. {waits}", seen.executor_id)
+        steps = client.list_workflow_steps(run_id)
+        refuse_if_unreadable(run_id, steps)
+        if taken:
+            executor.launch()  # it takes a while, in which a worker may take the run
         stored = executor.look([run_id], load_output=True).get(run_id)
         if not taken or stored is None or lock_name(stored) != lock_name(seen):
             return Found(f"being taken over by another process. {waits}", "another process")
         if stored.status == "SUCCESS":
             return FINISHED
-        steps = client.list_workflow_steps(run_id)
-        refuse_if_unreadable(run_id, steps)
-        executor.launch()
         if failure := find_failure(stored, steps):
+            # To resume a failed run would only raise its stored error again. A run can be rewound
+            # when it has ended, but a process may die before it has stored that its run failed.
             step, error = failure
             if stored.status == "PENDING":
-                # Its process died before it could store the failure. Only a run that has ended can
-                # be rewound, and by whoever has its own lock.
                 client.cancel_workflow(run_id)
-                return decide(executor, request, run_id)
-            # To resume a failed run would only raise its stored error again.
-            with suppress(dbos_error.DBOSException):  # for example, somebody has deleted it
+            with suppress(dbos_error.DBOSException):  # another process was faster
                 client.rewind_workflow(run_id, start_step=step, queue_name=queue)
             return Found(f"failed at step {step} ({describe(error)}), resumes there")
         finished = count_finished(steps)
@@ -381,7 +380,9 @@ class ModelInStep(WrapperModel):
             response = await super().request(messages, *settings_and_tools)
         except ai_error.ModelHTTPError as error:
             raise hide_key(error, self) from None
-        with suppress(LookupError, ValueError):  # genai-prices does not know the model
+        with suppress(
+            AssertionError, LookupError, ValueError
+        ):  # genai-prices does not know the model
             response.usage.cost = response.usage.cost or response.cost().total_price
         for call in response.tool_calls:
             print_in_step(f"the model calls {call.tool_name}")
@@ -511,7 +512,10 @@ def end_if_an_outcome_is_lost(settings: Settings, record: logging.LogRecord) -> 
     error = record.exc_info and record.exc_info[1]
     if record.getMessage().startswith("Database connection failed"):
         print_line("  the database does not answer: waiting for it to come back")
-    elif isinstance(error, config.DATABASE_ERRORS):
+    elif isinstance(error, config.DATABASE_ERRORS) and any(
+        frame.name == "update_workflow_outcome"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ):
         print(f"error: {config.database_error(settings, error)}", file=sys.stderr, flush=True)
         os._exit(2)
     return True
@@ -526,18 +530,22 @@ GRACE = 8  # seconds; a container platform kills ten seconds after SIGTERM, or l
 
 def work(executor: Executor) -> None:
     """Execute runs from the queue until SIGTERM arrives."""
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stopped = threading.Event()
+
+    def stop(*_: object) -> None:
+        # Whatever blocks, a step or a wait for the database, this process ends in time.
+        end = threading.Timer(GRACE + 1, os._exit, [0])
+        end.daemon = True
+        end.start()
+        stopped.set()
+
+    signal.signal(signal.SIGTERM, stop)
     executor.launch()
     where = f"Process {os.getpid()}. Database: {executor.settings.database_label}."
     print_wrapped(f"A worker serves the queue {executor.queue}. {where}")
-    while not stop.wait(timeout=LOOK):
+    while not stopped.wait(timeout=LOOK):
         take_over(executor)
     print_line("Asked to stop: taking no more runs, and finishing what has begun.")
-    # Whatever blocks, a step or a thread that waits for the database, this process ends in time.
-    end = threading.Timer(GRACE + 1, os._exit, [0])
-    end.daemon = True
-    end.start()
 
 
 def take_over(executor: Executor) -> None:
@@ -554,9 +562,10 @@ def take_over(executor: Executor) -> None:
 
 
 def request_of(run: WorkflowStatus) -> ResearchRequest:
-    """Return what was asked, from what is stored beside the run."""
+    """Return what was asked, from what is stored beside the run; "" for what older code lacked."""
     asked = run.attributes or {}
-    return ResearchRequest(**{part.name: asked[part.name] for part in fields(ResearchRequest)})
+    parts = [part.name for part in fields(ResearchRequest)]
+    return ResearchRequest(**{part: asked.get(part, "") for part in parts})
 
 
 def find_unfinished(executor: Executor) -> dict[str, ResearchRequest]:
@@ -596,6 +605,7 @@ def fork(executor: Executor, request: ResearchRequest, run_id: str, step: int) -
     if base is None or not 0 < step <= len(steps):
         raise ResearchError(f"there is no step {step} in run {run_id}: see --list.")
     refuse_other_request_or_version(base, request, goes_on=True)
+    refuse_if_unreadable(run_id, [known for known in steps if known["function_id"] < step])
     executor.launch()
     with SetWorkflowID(executor.queue), suppress(IntegrityError):  # another process was faster
         # Without a version no process would take it; without a queue, any process would.
@@ -839,8 +849,8 @@ def run_one(
 ) -> None:
     """Bring one run to its end, and print its report."""
     base, again = config.clean_text("the run ID", run_id), ""
-    if ":" in base:
-        raise ResearchError("the run ID contains a colon, as only names of shared queues do.")
+    if ":" in base or base.startswith("_dbos"):
+        raise ResearchError("choose another run ID: this could be the name of a shared queue.")
     run_id = f"{base}-from-{from_step}" if from_step else base
     if from_step:
         again = f" It is run {base} again from step {from_step}."

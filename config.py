@@ -323,7 +323,9 @@ def take_lock(url: URL, name: str) -> Iterator[bool]:
             yield taken
     else:
         with _connect(url) as connection:
-            yield bool(connection.scalar(_try_lock(name)))
+            while (taken := connection.scalar(_try_lock(name))) is None:
+                time.sleep(0.1)
+            yield bool(taken)
 
 
 def hold_lock(url: URL, name: str) -> tuple[object, dict[str, Any]]:
@@ -377,8 +379,8 @@ def _take_file(path: Path) -> Iterator[bool]:
 
 
 def _try_lock(name: str) -> sqlalchemy.TextClause:
-    # A restart of the server frees every lock. So it is not to be had until live processes have
-    # connected again.
+    # A restart of the server frees every lock. So the answer is NULL, "not yet", until live
+    # processes have connected again.
     uptime = "extract(epoch FROM now() - pg_postmaster_start_time())"
     lock = f"pg_try_advisory_lock({_lock_key(name)})"
-    return sqlalchemy.text(f"SELECT CASE WHEN {uptime} > {RELOCK} THEN {lock} ELSE false END")
+    return sqlalchemy.text(f"SELECT CASE WHEN {uptime} > {RELOCK} THEN {lock} END")

@@ -56,14 +56,15 @@ RECOVERY = [
 """Points of the process that goes on with a run that died before the checkpoint of step 3."""
 RETRY = [
     *LAUNCH,
-    "before cancel",
-    "after cancel",
     "before rewind",
     "after rewind",
     "before dequeue",
     "after dequeue",
 ]
 """Points of the process that goes on with a run that failed at step 3."""
+UNSTORED = ["before cancel", "after cancel", *RETRY]
+"""Points of the process that goes on with a run that died when step 3 had failed, but before the
+failure of the run was stored."""
 FORK = [
     *LAUNCH,
     "before fork",
@@ -78,11 +79,11 @@ TWO = [
     ("new", "before dequeue", "enqueued, resumes"),
     *(("interrupted", point, "executes nothing") for point in [*LAUNCH, "before resume"]),
     ("interrupted", "before dequeue", "enqueued, resumes"),
-    *(
-        ("failed", point, "executes nothing")
-        for point in [*LAUNCH, "before cancel", "after cancel", "before rewind"]
-    ),
+    *(("failed", point, "executes nothing") for point in [*LAUNCH, "before rewind"]),
     ("failed", "before dequeue", "enqueued, resumes"),
+    ("failed, not stored", "before cancel", "executes nothing"),
+    ("failed, not stored", "after cancel", "failed at step 3"),
+    ("failed, not stored", "before rewind", "executes nothing"),
 ]
 """How a run was left, the point at which the first of two processes waits until it is killed, and
 what the second one prints as it meets the first."""
@@ -171,6 +172,16 @@ def test_a_failed_run_killed_on_its_way_back_reaches_its_end_by_the_same_command
     judge(app, f"after a failure, {point}", finish(app, "Acme"))
 
 
+@pytest.mark.parametrize("point", UNSTORED)
+def test_a_run_whose_failure_was_not_stored_killed_on_its_way_back_reaches_its_end(
+    app: App, point: str
+) -> None:
+    died = app.run("Acme", OUTAGE="1", KILL_AT="before outcome ERROR")
+    assert died.wait() == -signal.SIGKILL
+    assert app.run("Acme", KILL_AT=point).wait() == -signal.SIGKILL
+    judge(app, f"after a failure that was not stored, {point}", finish(app, "Acme"))
+
+
 @pytest.mark.parametrize("point", ["before outcome ERROR", "after outcome ERROR"])
 def test_a_run_killed_as_its_failure_is_stored_does_not_repeat_the_failure(
     app: App, point: str
@@ -224,6 +235,9 @@ def test_of_two_processes_that_decide_about_one_run_one_can_be_killed(
         assert app.run("Acme", KILL_AT="before commit 3").wait() == -signal.SIGKILL
     elif left == "failed":
         assert app.run("Acme", OUTAGE="1").wait() == 1
+    elif left == "failed, not stored":
+        died = app.run("Acme", OUTAGE="1", KILL_AT="before outcome ERROR")
+        assert died.wait() == -signal.SIGKILL
     first = app.start("Acme", WAIT_AT=point)
     app.until(f"waiting {point}")
     # It does not wait for live processes, as it would right after a start of PostgreSQL.
