@@ -130,15 +130,15 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
     # a run in any other state, the lock is named by the run's own ID.
     with config.take_lock(executor.settings.database_url, lock_name(seen)) as taken:
         waits = "This process waits for it and executes nothing"
-        if not taken and seen.status == "PENDING":
-            return Found(f"being executed by {seen.executor_id}. {waits}", seen.executor_id)
+        if not taken:
+            owner = seen.executor_id if seen.status == "PENDING" else "another process"
+            return Found(f"being executed by {owner}. {waits}", owner)
         steps = client.list_workflow_steps(run_id)
         refuse_if_unreadable(run_id, steps)
-        if taken:
-            executor.launch()  # it takes a while, in which a worker may take the run
+        executor.launch()  # it takes a while, in which a worker may take the run from its queue
         stored = executor.look([run_id], load_output=True).get(run_id)
-        if not taken or stored is None or lock_name(stored) != lock_name(seen):
-            return Found(f"being taken over by another process. {waits}", "another process")
+        if stored is None or lock_name(stored) != lock_name(seen):
+            return Found(f"being executed by another process. {waits}", "another process")
         if stored.status == "SUCCESS":
             return FINISHED
         if failure := find_failure(stored, steps):
@@ -380,9 +380,7 @@ class ModelInStep(WrapperModel):
             response = await super().request(messages, *settings_and_tools)
         except ai_error.ModelHTTPError as error:
             raise hide_key(error, self) from None
-        with suppress(
-            AssertionError, LookupError, ValueError
-        ):  # genai-prices does not know the model
+        with suppress(AssertionError, LookupError, ValueError):  # its price is not known
             response.usage.cost = response.usage.cost or response.cost().total_price
         for call in response.tool_calls:
             print_in_step(f"the model calls {call.tool_name}")

@@ -104,6 +104,8 @@ class LedgerService(tools.SimulatedService):
 
     async def financials(self, company_name: str, idempotency_key: str) -> dict[str, Any]:
         await reach_async("inside 3")
+        if os.environ.get("OUTAGE") == "database":
+            raise sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("no such table"))
         if "OUTAGE" in os.environ:
             raise PermissionError("the service is closed today")
         payload = await super().financials(company_name, idempotency_key)

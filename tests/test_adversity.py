@@ -124,6 +124,31 @@ def test_a_live_process_keeps_its_run_though_postgres_was_restarted(
     assert len(app.ledger("effect")) == 4
 
 
+def test_after_a_restart_of_postgres_an_interrupted_run_is_not_taken_for_a_live_one(
+    server: Any, tmp_path: Path
+) -> None:
+    url = make_url(server.get_uri()).set(database="migrated").render_as_string(hide_password=False)
+    app = App(tmp_path, url)
+    app.run("Acme", KILL_AT="before commit 3")
+    server.stop()
+    server.start()
+    done = app.run("--unfinished")
+    assert done.wait() == 0, done.stderr
+    assert "Unfinished runs that go on: 1." in done.stdout
+    assert app.status() == "SUCCESS"
+
+
+def test_a_worker_ends_on_sigterm_though_postgres_is_away(server: Any, tmp_path: Path) -> None:
+    server.stop()
+    app = App(tmp_path, fresh_postgres(start_on_tcp(server), tmp_path))
+    patches = {"look": 0.1, "grace": 1}
+    worker = app.start("--worker", "--verbose", patches=patches).until_prints("serves the queue")
+    pg_ctl(server, "stop", "-m", "immediate")
+    wait_for(lambda: "Database connection failed" in worker.stderr, "a failed look")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0, worker.stderr
+
+
 def test_two_processes_that_find_the_same_run_interrupted_do_not_both_resume_it(app: App) -> None:
     app.run("Acme", KILL_AT="before commit 3")
     first = app.start("Acme", WAIT_AT="before resume")

@@ -184,6 +184,7 @@ def test_a_fork_can_be_forked(app: App, step: str) -> None:
         (["Globex", "--from-step", "1"], f"there is no step 1 in run {run_id('Globex')}"),
         (["Old", "--from-step", "2"], f"run {run_id('Old')} belongs to version old of this app"),
         (["Globex", "--run-id", "mine", "--from-step", "2"], "run mine is stored for another"),
+        (["Damaged", "--from-step", "3"], "the fetch_company_overview that run research-damaged"),
     ],
 )
 def test_what_cannot_be_forked_is_an_error_and_nothing_is_stored(
@@ -193,6 +194,9 @@ def test_what_cannot_be_forked_is_an_error_and_nothing_is_stored(
     app.run("Acme", "--run-id", "mine")
     app.run("Old", patches={"version": "old"})
     app.run("Killed", KILL_AT="before commit 3")
+    app.run("Damaged")
+    step = f"workflow_uuid = '{run_id('Damaged')}' AND function_id = 2"
+    app.rows(f"UPDATE {{dbos}}operation_outputs SET output = 'x' WHERE {step}")
     before, ledger = stored(app), app.ledger()
     refused = app.run(*arguments)
     assert refused.wait() == 2

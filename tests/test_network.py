@@ -20,8 +20,8 @@ from relay import AnyQueue, Pooler, Relay
 from sqlalchemy import make_url
 from test_adversity import pg_ctl, start_on_tcp
 from test_promise import report_of
-from test_queue import enqueue
 
+import agent
 import config
 
 LOCKS = {"relock": 0, "look": 0.1}
@@ -46,6 +46,18 @@ def app(tcp_server: str, tmp_path: Path) -> Iterator[App]:
     app = App(tmp_path, url.render_as_string(hide_password=False))
     yield app
     app.close()
+
+
+def settings_for(url: str) -> config.Settings:
+    return config.Settings(
+        model="offline",
+        database_url=make_url(url).set(drivername="postgresql+psycopg"),
+        tenant_id="local",
+        user_id="local",
+        failure_rate=0,
+        latency=0,
+        cost_limit=1,
+    )
 
 
 # ---------------------------------------------------------------- a pooler in transaction mode
@@ -120,14 +132,12 @@ def other_clients(url: str, count: int) -> Iterator[None]:
 @pytest.mark.parametrize("idle", [queue.LifoQueue, queue.Queue, AnyQueue])
 @pytest.mark.parametrize("size", [1, 2, 20])
 def test_such_a_pooler_is_always_recognized(
-    app: App, monkeypatch: pytest.MonkeyPatch, size: int, idle: type[queue.Queue[Any]], busy: int
+    app: App, size: int, idle: type[queue.Queue[Any]], busy: int
 ) -> None:
     with Pooler(app.database_url, size, idle).serve() as pooler, other_clients(pooler.url, busy):
-        monkeypatch.setenv("DBOS_SYSTEM_DATABASE_URL", pooler.url)
-        settings = config.load_settings()
         for _ in range(20):
             with pytest.raises(config.ResearchError, match="transaction mode"):
-                config.open_database(settings)
+                config.open_database(settings_for(pooler.url))
 
 
 @contextlib.contextmanager
@@ -240,10 +250,19 @@ def test_nothing_is_lost_when_the_network_is_silent_for_a_moment(app: App, relay
     assert len(app.ledger("effect")) == 4
 
 
+def enqueue(app: App, *companies: str) -> None:
+    """Leave runs in the queue for the worker, by a process that executes none."""
+    settings = settings_for(app.database_url)
+    requests = [settings.request(company) for company in companies]
+    executor = agent.Executor(settings, settings.queue)
+    agent.enqueue(executor, {config.derive_run_id(request): request for request in requests})
+    executor.client.destroy()
+
+
 def test_a_worker_goes_on_after_a_silence_and_after_it_was_believed_dead(
     app: App, relay: Relay
 ) -> None:
-    worker = start_behind(relay, app, "--worker")
+    worker = start_behind(relay, app, "--worker").until_prints("serves the queue")
     enqueue(app, "Acme", "Globex")
     app.until("waiting after effect 3")
     relay.fall_silent()

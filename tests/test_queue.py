@@ -206,6 +206,43 @@ def test_a_worker_that_cannot_store_how_a_run_ended_says_so_and_ends(
     assert app.repeated() == []
 
 
+def test_a_tool_that_fails_with_an_error_of_its_own_database_fails_only_its_run(app: App) -> None:
+    """It is not the error of DBOS's database, at which the process ends."""
+    failed = app.run(*NAMES, OUTAGE="database")
+    assert failed.wait() == 1
+    assert set(table(failed).values()) == {"failed:"}
+    assert failed.stderr == ""
+
+
+def test_a_run_that_a_worker_takes_while_a_command_launches_is_executed_once(app: App) -> None:
+    enqueue(app, "Acme", "Globex")
+    command = app.start("Acme", WAIT_AT="before launch")
+    app.until("waiting before launch")
+    worker = app.start("--worker", DEMO_LATENCY="2")
+    app.until_effects(3)  # of four that the worker has had by the end of step 2 of both runs
+    app.open_gate()
+    assert command.wait() == 0, command.stderr
+    assert "being executed by" in command.stdout
+    wait_for(lambda: app.statuses() == {"SUCCESS": 2}, "both runs to finish")
+    assert worker.process.is_alive()
+    assert len(app.ledger("effect")) == 8, "no step has run twice"
+
+
+def test_a_worker_passes_over_runs_that_older_code_stored_with_fewer_attributes(app: App) -> None:
+    enqueue(app, "Acme", "Globex")
+    app.run("--worker", KILL_AT="inside 2")
+    attributes = "json_remove(attributes, '$.bucket')"
+    if app.database_url.startswith("postgresql"):
+        attributes = "attributes - 'bucket'"
+    app.rows(f"UPDATE {{dbos}}workflow_status SET attributes = {attributes}")
+    worker = app.start("--worker", patches={"look": 0.1})
+    wait_for(lambda: app.ledger().count("done look") > 3, "the worker to look")
+    assert worker.process.is_alive()
+    assert app.run("--unfinished").wait() == 0
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0, worker.stderr
+
+
 def test_a_live_batch_takes_over_from_a_worker_that_is_gone(app: App) -> None:
     enqueue(app, *NAMES)
     worker = app.start("--worker", WAIT_AT="after effect 3")
