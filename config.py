@@ -257,6 +257,7 @@ def open_database(settings: Settings) -> DBOSClient:
         ResearchError: The database cannot be used.
     """
     url = settings.database_url
+    address = url.render_as_string(hide_password=False)
     try:
         if url.drivername == "sqlite":
             # Whoever can write to the file can run code in this app: it is its owner's alone.
@@ -266,13 +267,13 @@ def open_database(settings: Settings) -> DBOSClient:
             if sqlite3.sqlite_version_info < (3, 42):
                 sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _add_unixepoch)
         else:
-            with suppress(OperationalError):  # perhaps it does not exist: the next line creates it
+            try:
                 _refuse_transaction_pooler(url)
-        DBOS.migrate(url.render_as_string(hide_password=False))
-        return DBOSClient(
-            system_database_url=url.render_as_string(hide_password=False),
-            application_name=APP_NAME,
-        )
+            except OperationalError:
+                DBOS.migrate(address)  # which creates a database that does not exist
+                _refuse_transaction_pooler(url)
+        DBOS.migrate(address)
+        return DBOSClient(system_database_url=address, application_name=APP_NAME)
     except (*DATABASE_ERRORS, OSError) as error:
         raise database_error(settings, error) from error
 
@@ -293,18 +294,21 @@ def _add_unixepoch(connection: Any, _record: Any) -> None:
         connection.create_function("unixepoch", 1, lambda _: round(time.time(), 3))
 
 
-def _connect(url: URL) -> sqlalchemy.Connection:
-    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "poolclass": sqlalchemy.NullPool}
+def _connect(url: URL, **options: Any) -> sqlalchemy.Connection:
+    options |= {"isolation_level": "AUTOCOMMIT", "poolclass": sqlalchemy.NullPool}
     return sqlalchemy.create_engine(url, **options).connect()
 
 
 def _refuse_transaction_pooler(url: URL) -> None:
-    # Such a pooler gives each transaction another session of the server, and the lock that one
-    # takes stays with the session. Then two open connections share one, or one changes its own.
-    with _connect(url) as one, _connect(url) as other:
-        query = sqlalchemy.text("SELECT pg_backend_pid()")
-        sessions = [connection.scalar(query) for connection in 5 * (one, other)]
-    if sessions != 5 * sessions[:2] or sessions[0] == sessions[1]:
+    # Such a pooler gives each transaction another session of the server, and a lock stays with the
+    # session that took it. Then two open connections share a session, or one changes its own. They
+    # ask in an irregular order, because a pooler's own turns could match a regular one.
+    plain = {"connect_args": {"prepare_threshold": None}}  # prepared statements would be lost
+    with _connect(url, **plain) as one, _connect(url, **plain) as other:
+        ask = sqlalchemy.text("SELECT pg_backend_pid()")
+        turns = [(one, other)[int(turn)] for turn in "01100100011101101001"]
+        answers = {(connection, connection.scalar(ask)) for connection in turns}
+    if len(answers) > 2 or len({session for _, session in answers}) < 2:
         raise ResearchError(
             "the database is behind a pooler in transaction mode, which cannot hold a lock.\n"
             "Use the server's direct address (Neon: the host without -pooler), or session mode."
