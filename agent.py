@@ -125,29 +125,31 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
     refuse_other_request_or_version(seen, request)
     if seen.status == "SUCCESS":
         return FINISHED
-    # A process that executes runs holds a lock, named by its executor ID, until it dies. Whoever
-    # can take that lock knows that the process is dead, and alone may touch its PENDING runs. For
-    # a run in any other state, the lock is named by the run's own ID.
-    with config.take_lock(executor.settings.database_url, lock_name(seen)) as taken:
-        waits = "This process waits for it and executes nothing"
+    # Two locks. A process that executes runs holds one, named by its executor ID, until it dies:
+    # if it can be taken, the process is dead. Whoever decides about a run holds the other one,
+    # named by the run's ID, so that no two processes resume one run.
+    waits = "This process waits for it and executes nothing"
+    if is_alive(executor, seen):
+        return Found(f"being executed by {seen.executor_id}. {waits}", seen.executor_id)
+    with config.take_lock(executor.settings.database_url, run_id) as taken:
         if not taken:
-            owner = seen.executor_id if seen.status == "PENDING" else "another process"
-            return Found(f"being executed by {owner}. {waits}", owner)
-        steps = client.list_workflow_steps(run_id)
-        refuse_if_unreadable(run_id, steps)
-        executor.launch()  # it takes a while, in which a worker may take the run from its queue
+            return Found(f"being resumed by another process. {waits}", "another process")
+        refuse_if_unreadable(run_id, client.list_workflow_steps(run_id))
+        executor.launch()
+        # The launch takes a while, in which a worker may have taken the run from its queue.
         stored = executor.look([run_id], load_output=True).get(run_id)
-        if stored is None or lock_name(stored) != lock_name(seen):
+        if stored is None or is_alive(executor, stored):
             return Found(f"being executed by another process. {waits}", "another process")
         if stored.status == "SUCCESS":
             return FINISHED
+        steps = client.list_workflow_steps(run_id)
         if failure := find_failure(stored, steps):
             # To resume a failed run would only raise its stored error again. A run can be rewound
             # when it has ended, but a process may die before it has stored that its run failed.
             step, error = failure
             if stored.status == "PENDING":
                 client.cancel_workflow(run_id)
-            with suppress(dbos_error.DBOSException):  # another process was faster
+            with suppress(dbos_error.DBOSException):  # for example, somebody has deleted it
                 client.rewind_workflow(run_id, start_step=step, queue_name=queue)
             return Found(f"failed at step {step} ({describe(error)}), resumes there")
         finished = count_finished(steps)
@@ -163,9 +165,12 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
         return Found(f"{told}, resumes after {finished}")
 
 
-def lock_name(run: WorkflowStatus) -> str:
-    """Return the name of the lock without which nobody decides about a stored run."""
-    return f"{run.executor_id}" if run.status == "PENDING" else run.workflow_id
+def is_alive(executor: "Executor", run: WorkflowStatus) -> bool:
+    """Tell whether a live process executes a run."""
+    if run.status != "PENDING":
+        return False
+    with config.take_lock(executor.settings.database_url, f"{run.executor_id}") as taken:
+        return not taken
 
 
 # ---------------------------------------------------------------- 3. the executor
@@ -191,7 +196,10 @@ class Executor:
         self.launched = False
 
     def launch(self) -> None:
-        """Execute runs of the queue from now on; `ResearchError` if the model cannot be used."""
+        """Execute runs of the queue from now on; `ResearchError` if the model cannot be used.
+
+        A program with several threads calls it once, before they start.
+        """
         if self.launched:
             return
         build_agent(self.settings)  # registers the workflow, by whose name DBOS executes runs
@@ -276,7 +284,6 @@ def research(
             run, request = stored.get(run_id), requests[run_id]
             # A failure from before this command is resumed. A later one is how the run has ended.
             ended = run and (succeeded(run) or (run_id in going and not is_open(run)))
-            in_hand = run and (lock_name(run) in alive or will_take(executor, run))
             try:
                 if run is None and run_id in going:
                     raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
@@ -285,7 +292,7 @@ def research(
                     outcomes[run_id] = run
                     if not executor.launched:
                         found.setdefault(run_id, FINISHED)
-                elif not in_hand:
+                elif run is None or not is_in_hand(executor, run, alive):
                     found[run_id] = state = decide(executor, request, run_id)
                     if state.owner:
                         alive.add(state.owner)
@@ -314,8 +321,10 @@ def is_open(run: WorkflowStatus) -> bool:
     return run.status in ("ENQUEUED", "PENDING")
 
 
-def will_take(executor: Executor, run: WorkflowStatus) -> bool:
-    """Tell whether this process, or another one on the same queue, is going to take the run."""
+def is_in_hand(executor: Executor, run: WorkflowStatus, alive: set[str]) -> bool:
+    """Tell whether a live process executes a run, or is going to take it from the queue."""
+    if run.status == "PENDING":
+        return run.executor_id in alive
     mine = run.queue_name == executor.queue and run.app_version == APP_VERSION
     return executor.launched and run.status == "ENQUEUED" and mine
 
@@ -578,19 +587,13 @@ def find_unfinished(executor: Executor) -> dict[str, ResearchRequest]:
         if replace(mine, company=asked.company, bucket=asked.bucket) == asked:
             if run.status == "CANCELLED":
                 cancelled += 1
-            elif run.status == "PENDING" and is_alive(executor, run):
+            elif is_alive(executor, run):
                 alive += 1
             else:
                 requests[run.workflow_id] = asked
     told = f"Unfinished runs that go on: {len(requests)}. Left alone: {alive} that live processes"
     print_wrapped(f"{told} execute, {cancelled} that were cancelled.")
     return requests
-
-
-def is_alive(executor: Executor, run: WorkflowStatus) -> bool:
-    """Tell whether the process that has begun to execute a run is alive."""
-    with config.take_lock(executor.settings.database_url, lock_name(run)) as taken:
-        return not taken
 
 
 def fork(executor: Executor, request: ResearchRequest, run_id: str, step: int) -> None:

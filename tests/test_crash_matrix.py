@@ -82,7 +82,7 @@ TWO = [
     *(("failed", point, "executes nothing") for point in [*LAUNCH, "before rewind"]),
     ("failed", "before dequeue", "enqueued, resumes"),
     ("failed, not stored", "before cancel", "executes nothing"),
-    ("failed, not stored", "after cancel", "failed at step 3"),
+    ("failed, not stored", "after cancel", "executes nothing"),
     ("failed, not stored", "before rewind", "executes nothing"),
 ]
 """How a run was left, the point at which the first of two processes waits until it is killed, and

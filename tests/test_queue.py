@@ -228,6 +228,20 @@ def test_a_run_that_a_worker_takes_while_a_command_launches_is_executed_once(app
     assert len(app.ledger("effect")) == 8, "no step has run twice"
 
 
+def test_a_run_that_a_worker_fails_while_a_command_launches_keeps_its_checkpoints(
+    app: App,
+) -> None:
+    enqueue(app, "Acme", "Globex")
+    command = app.start("Acme", WAIT_AT="before launch")
+    app.until("waiting before launch")
+    assert app.run("Acme", "Globex", OUTAGE="1").wait() == 1
+    app.open_gate()
+    assert command.wait() == 0, command.stderr
+    assert "failed at step 3" in command.stdout
+    assert len(app.ledger("effect overview")) == 2
+    assert app.repeated() == []
+
+
 def test_a_worker_passes_over_runs_that_older_code_stored_with_fewer_attributes(app: App) -> None:
     enqueue(app, "Acme", "Globex")
     app.run("--worker", KILL_AT="inside 2")
