@@ -38,7 +38,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from typing import Any, cast
@@ -640,7 +640,7 @@ class StatusLine:
     before: str = ""
     after: str = ""
     shown: str = ""
-    printed: float = 0.0
+    printed: float = field(default_factory=time.monotonic)
 
     def show(self, text: str) -> None:
         """Print the line if there is reason to."""
@@ -825,8 +825,8 @@ def run_command(settings: Settings, options: argparse.Namespace) -> int:
         run_id = run_id if options.run_id is None else options.run_id
         run_one(settings, request, run_id, options.from_step)
         if options.crash:
-            print_line("--crash found nothing to kill: fetch_financial_metrics did not run after")
-            print_line("fetch_company_overview in this process.")
+            print_line("--crash found nothing to kill: in this process, no call of the flaky tool")
+            print_line("to the simulated service has followed the first tool.")
         return 0
     if options.run_id is not None or options.from_step is not None:
         raise ResearchError("--run-id and --from-step are for one company.")
