@@ -15,9 +15,9 @@ command line.
 
 DBOS stores each run (a "workflow") and the result of each step (its "checkpoint"). A run is
 ENQUEUED until a process takes it from its queue, and then PENDING, even if that process has died.
-It ends as SUCCESS, ERROR or CANCELLED. To resume is to put a run into a queue again: steps that
-have a checkpoint are not executed again. To rewind is to delete the checkpoints of a step and of
-all later ones first. An executor is launched when it begins to take runs.
+It ends as SUCCESS, ERROR or CANCELLED. Resuming a run puts it into a queue again; steps that have
+a checkpoint are not executed again. Rewinding a run deletes the checkpoints of one step and of all
+later ones, and then resumes it. An executor that is launched takes runs from its queue.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def build_agent(settings: Settings) -> DBOSAgent[None, tools.ResearchReport]:
         model_settings=ModelSettings(max_retries=0),
     )
     with warnings.catch_warnings():
-        # pydantic-ai 3 removes it; pyproject.toml excludes 3.
+        # pydantic-ai 3 will have no DBOSAgent; pyproject.toml excludes that version.
         warnings.filterwarnings("ignore", "`DBOSAgent` is deprecated")
         return DBOSAgent(
             agent,
@@ -101,7 +101,7 @@ class Found:
     """What `decide()` has found."""
 
     state: str  # in words, for people
-    owner: str | None = None  # the live process that has the run, if another one has it
+    owner: str | None = None  # not None: wait, for this other process has the run
 
 
 FINISHED = Found("finished earlier, so its stored report is replayed")
@@ -110,11 +110,11 @@ FINISHED = Found("finished earlier, so its stored report is replayed")
 def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found:
     """Look in which state a run is, and put it into the executor's queue if there is work to do.
 
-    To look needs no launch. The executor is launched only when there is something to execute.
+    The executor is launched only if there seems to be something to execute.
 
     Raises:
-        ResearchError: The run belongs to another request or version, or its checkpoints are not of
-            today's types, or the model cannot be used. Nothing is changed.
+        ResearchError: The run belongs to another request, or is unfinished and of another version,
+            or its checkpoints are not of today's types, or the model cannot be used.
     """
     client, queue = executor.client, executor.queue
     seen = executor.look([run_id]).get(run_id)
@@ -125,9 +125,9 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
     refuse_other_request_or_version(seen, request)
     if seen.status == "SUCCESS":
         return FINISHED
-    # Two locks. A process that executes runs holds one, named by its executor ID, until it dies:
-    # if it can be taken, the process is dead. Whoever decides about a run holds the other one,
-    # named by the run's ID, so that no two processes resume one run.
+    # There are two kinds of locks. One is named by an executor ID, and held by that process until
+    # it dies: if it can be taken, the process is dead. The other one is named by a run ID, and
+    # held while a process resumes the run, so that no second process does the same.
     waits = "This process waits for it and executes nothing"
     if is_alive(executor, seen):
         return Found(f"being executed by {seen.executor_id}. {waits}", seen.executor_id)
@@ -136,33 +136,37 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
             return Found(f"being resumed by another process. {waits}", "another process")
         refuse_if_unreadable(run_id, client.list_workflow_steps(run_id))
         executor.launch()
-        # The launch takes a while, in which a worker may have taken the run from its queue.
+        # In the meantime a worker, or this process, may have taken the run from its queue.
         stored = executor.look([run_id], load_output=True).get(run_id)
-        if stored is None or is_alive(executor, stored):
-            return Found(f"being executed by another process. {waits}", "another process")
+        if stored is None:
+            raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
+        if is_alive(executor, stored):
+            return Found(
+                f"being executed by {stored.executor_id} since just now", stored.executor_id
+            )
         if stored.status == "SUCCESS":
             return FINISHED
         steps = client.list_workflow_steps(run_id)
         if failure := find_failure(stored, steps):
-            # To resume a failed run would only raise its stored error again. A run can be rewound
-            # when it has ended, but a process may die before it has stored that its run failed.
+            # To resume it would only raise the stored error again.
             step, error = failure
             if stored.status == "PENDING":
+                # Only a run that has ended can be rewound. This one's process died too early.
                 client.cancel_workflow(run_id)
             with suppress(dbos_error.DBOSException):  # for example, somebody has deleted it
                 client.rewind_workflow(run_id, start_step=step, queue_name=queue)
             return Found(f"failed at step {step} ({describe(error)}), resumes there")
-        finished = count_finished(steps)
+        told = f"resumes after {count_finished(steps)}"
         match stored.status:
             case "ENQUEUED" if stored.queue_name == queue:
-                return Found(f"enqueued, resumes after {finished}")
+                return Found(f"enqueued, {told}")
             case "PENDING":
-                told = "interrupted"
+                told = f"interrupted, {told}"
             case status:  # ENQUEUED in another queue, CANCELLED, or MAX_RECOVERY_ATTEMPTS_EXCEEDED
-                told = status.lower().replace("_", " ")
-        # Without a queue name it would go to a queue from which every process takes runs.
+                told = f"{status.lower().replace('_', ' ')}, {told}"
+        # Without queue_name, it would go to a queue from which every process takes runs.
         client.resume_workflow(run_id, queue_name=queue)
-        return Found(f"{told}, resumes after {finished}")
+        return Found(told)
 
 
 def is_alive(executor: "Executor", run: WorkflowStatus) -> bool:
@@ -264,11 +268,11 @@ def research(
     """
     found: dict[str, Found] = {}
     outcomes: dict[str, Outcome] = {}
-    # Runs that this command has started, or has seen ENQUEUED or PENDING.
-    going = requests.keys() - executor.look(requests).keys() if len(requests) > 1 else set()
-    if going:  # one transaction is quicker than many decisions
+    # Runs that this command has started or seen under way: if one fails now, it is not resumed.
+    watched = requests.keys() - executor.look(requests).keys() if len(requests) > 1 else set()
+    if watched:  # one transaction is quicker than many decisions
         executor.launch()
-        enqueue(executor, {run_id: requests[run_id] for run_id in going})
+        enqueue(executor, {run_id: requests[run_id] for run_id in watched})
     while True:
         try:
             stored = executor.look(requests.keys() - outcomes.keys())
@@ -278,26 +282,26 @@ def research(
             tell("")  # DBOS waits for a database that is away for a while, so this does too
             time.sleep(1)
             continue
-        going |= {run_id for run_id, run in stored.items() if is_open(run)}
+        watched |= {run_id for run_id, run in stored.items() if is_open(run)}
         alive = {executor.id}  # processes that are known to live, in this look
         for run_id in requests.keys() - outcomes.keys():
             run, request = stored.get(run_id), requests[run_id]
-            # A failure from before this command is resumed. A later one is how the run has ended.
-            ended = run and (succeeded(run) or (run_id in going and not is_open(run)))
+            # A failure from before this command is resumed; a later one is the outcome.
+            ended = run and (succeeded(run) or (run_id in watched and not is_open(run)))
             try:
-                if run is None and run_id in going:
+                if run is None and run_id in watched:
                     raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
                 if run and ended:
                     refuse_other_request_or_version(run, request)
                     outcomes[run_id] = run
-                    if not executor.launched:
+                    if not executor.launched:  # or this process may have executed it
                         found.setdefault(run_id, FINISHED)
                 elif run is None or not is_in_hand(executor, run, alive):
                     found[run_id] = state = decide(executor, request, run_id)
                     if state.owner:
                         alive.add(state.owner)
                     else:
-                        going.add(run_id)
+                        watched.add(run_id)
             except ResearchError as error:
                 outcomes[run_id] = error
         tell(describe_progress(requests, found, stored, outcomes))
