@@ -139,7 +139,7 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
         # In the meantime a worker, or this process, may have taken the run from its queue.
         stored = executor.look([run_id], load_output=True).get(run_id)
         if stored is None:
-            raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
+            raise RunFailed(DELETED)
         if is_alive(executor, stored):
             return Found(
                 f"being executed by {stored.executor_id} since just now", stored.executor_id
@@ -150,7 +150,7 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
         if failure := find_failure(stored, steps):
             # To resume it would only raise the stored error again.
             step, error = failure
-            if stored.status == "PENDING":
+            if is_open(stored):
                 # Only a run that has ended can be rewound. This one's process died too early.
                 client.cancel_workflow(run_id)
             with suppress(dbos_error.DBOSException):  # for example, somebody has deleted it
@@ -164,8 +164,9 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
                 told = f"interrupted, {told}"
             case status:  # ENQUEUED in another queue, CANCELLED, or MAX_RECOVERY_ATTEMPTS_EXCEEDED
                 told = f"{status.lower().replace('_', ' ')}, {told}"
-        # Without queue_name, it would go to a queue from which every process takes runs.
-        client.resume_workflow(run_id, queue_name=queue)
+        with suppress(dbos_error.DBOSException):  # as above
+            # Without queue_name, it would go to a queue from which every process takes runs.
+            client.resume_workflow(run_id, queue_name=queue)
         return Found(told)
 
 
@@ -200,10 +201,7 @@ class Executor:
         self.launched = False
 
     def launch(self) -> None:
-        """Execute runs of the queue from now on; `ResearchError` if the model cannot be used.
-
-        A program with several threads calls it once, before they start.
-        """
+        """Execute runs of the queue from now on; `ResearchError` if the model cannot be used."""
         if self.launched:
             return
         build_agent(self.settings)  # registers the workflow, by whose name DBOS executes runs
@@ -252,13 +250,10 @@ class Executor:
 
 # ---------------------------------------------------------------- 4. research
 
-# How a run has ended: as DBOS stores it, or why it cannot go on here.
-Outcome = WorkflowStatus | ResearchError
-
 
 def research(
     executor: Executor, requests: dict[str, ResearchRequest], tell: Callable[[str], None]
-) -> dict[str, Outcome]:
+) -> dict[str, "Outcome"]:
     """Bring runs to their ends, whatever states they are in. One that fails does not stop others.
 
     Args:
@@ -267,7 +262,7 @@ def research(
         tell: Called again and again with how far they are, in words; "" if that is unknown.
     """
     found: dict[str, Found] = {}
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, Outcome] = {}  # run ID to how the run has ended
     # Runs that this command has started or seen under way: if one fails now, it is not resumed.
     watched = requests.keys() - executor.look(requests).keys() if len(requests) > 1 else set()
     if watched:  # one transaction is quicker than many decisions
@@ -290,7 +285,7 @@ def research(
             ended = run and (succeeded(run) or (run_id in watched and not is_open(run)))
             try:
                 if run is None and run_id in watched:
-                    raise RunFailed("it was deleted meanwhile. The same command starts it anew.")
+                    raise RunFailed(DELETED)
                 if run and ended:
                     refuse_other_request_or_version(run, request)
                     outcomes[run_id] = run
@@ -298,20 +293,28 @@ def research(
                         found.setdefault(run_id, FINISHED)
                 elif run is None or not is_in_hand(executor, run, alive):
                     found[run_id] = state = decide(executor, request, run_id)
+                    tell("")  # with many runs, the decisions take a while
                     if state.owner:
                         alive.add(state.owner)
                     else:
                         watched.add(run_id)
             except ResearchError as error:
                 outcomes[run_id] = error
+            except config.DATABASE_ERRORS:  # as above
+                if not executor.launched:
+                    raise
         tell(describe_progress(requests, found, stored, outcomes))
         if len(outcomes) == len(requests):
             return outcomes
-        alone = executor.launched and len(requests) == 1
-        time.sleep(0.05 if alone else 0.5 + len(requests) / 1000)  # many: look less often
+        waits = not executor.launched or any(state.owner for state in found.values())
+        time.sleep(0.5 + len(requests) / 1000 if waits or len(requests) > 1 else 0.05)
 
 
 # ---------------------------------------------------------------- 5. details
+
+# How a run has ended: as DBOS stores it, or why it cannot go on here.
+Outcome = WorkflowStatus | ResearchError
+DELETED = "it was deleted meanwhile. The same command starts it anew."
 
 
 class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
@@ -555,18 +558,18 @@ def work(executor: Executor) -> None:
     where = f"Process {os.getpid()}. Database: {executor.settings.database_label}."
     print_wrapped(f"A worker serves the queue {executor.queue}. {where}")
     while not stopped.wait(timeout=LOOK):
-        take_over(executor)
+        take_over(executor, stopped)
     print_line("Asked to stop: taking no more runs, and finishing what has begun.")
 
 
-def take_over(executor: Executor) -> None:
-    """Resume the runs of the executor's queue whose processes have died."""
+def take_over(executor: Executor, stopped: threading.Event | None = None) -> None:
+    """Resume the runs of the executor's queue whose processes have died, until it is stopped."""
     alive = {executor.id}
     with suppress(*config.DATABASE_ERRORS):  # it may be away for a while
         for run in executor.client.list_workflows(
             status="PENDING", queue_name=executor.queue, load_input=False, load_output=False
         ):
-            if run.executor_id not in alive:
+            if run.executor_id not in alive and not (stopped and stopped.is_set()):
                 with suppress(ResearchError):  # for example, it belongs to another version
                     found = decide(executor, request_of(run), run.workflow_id)
                     alive |= {found.owner or executor.id}
@@ -725,7 +728,8 @@ def print_outcomes(
         company = ljust(clip(request.company, 0, 38), 40)
         print_wrapped(f"{company}{seconds:>9.1f}  {describe_state(executor, run)}", indent=4)
         if not succeeded(run):
-            words = ["--bucket", request.bucket] if request.bucket else []
+            words = [f"--bucket={request.bucket}"] if request.bucket else []
+            words += ["--run-id", run_id] if run_id != config.derive_run_id(request) else []
             words += ["--", request.company] if request.company[0] == "-" else [request.company]
             print_line(f"    resume it: uv run agent.py {shlex.join(words)}")
 

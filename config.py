@@ -249,6 +249,11 @@ def build_model(name: str) -> Model:
 DATABASE_ERRORS = (SQLAlchemyError, dbos_error.DBOSInitializationError)
 RELOCK = 5  # seconds after a restart of Postgres, in which live processes take their locks again
 
+# Postgres must not end a session for being idle. And it must notice within half a minute, not two
+# hours, that a client's machine has lost its power or its network: then its locks are free.
+NOTICE_A_LOST_CLIENT = """SET idle_session_timeout = 0; SET tcp_keepalives_idle = 15;
+SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3"""
+
 
 def open_database(settings: Settings) -> DBOSClient:
     """Connect to the database; create it, and DBOS's tables in it, if they are missing.
@@ -327,6 +332,7 @@ def take_lock(url: URL, name: str) -> Iterator[bool]:
             yield taken
     else:
         with _connect(url) as connection:
+            connection.exec_driver_sql(NOTICE_A_LOST_CLIENT)
             while (taken := connection.scalar(_try_lock(name))) is None:
                 time.sleep(0.1)
             yield bool(taken)
@@ -347,22 +353,15 @@ def hold_lock(url: URL, name: str) -> tuple[object, dict[str, Any]]:
         return FileLock(_lock_file(url, name)).acquire().lock, {}
 
     def share(session: Any, _record: object) -> None:
-        # The server must not end the session for being idle. And it must notice within half a
-        # minute, not two hours, that this machine has lost its power or its network.
-        session.execute(
-            "SET idle_session_timeout = 0; SET tcp_keepalives_idle = 15;"
-            "SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;"
-            f"SELECT pg_advisory_lock_shared({_lock_key(name)})"
-        )
+        session.execute(NOTICE_A_LOST_CLIENT)
+        session.execute(f"SELECT pg_advisory_lock_shared({_lock_key(name)})")
         session.commit()
 
     return None, {"pool_events": [(share, "connect")]}
 
 
 def _lock_key(name: str) -> int:
-    # DBOS resumes the runs of its own version only, so other versions have other locks.
-    digest = hashlib.sha256(f"{APP_NAME}:{APP_VERSION}:{name}".encode())
-    return int(digest.hexdigest()[:15], 16)
+    return int(hashlib.sha256(f"{APP_NAME}:{name}".encode()).hexdigest()[:15], 16)
 
 
 def _lock_file(url: URL, name: str) -> Path:

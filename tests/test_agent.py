@@ -19,6 +19,7 @@ from pydantic_ai import ModelRetry, UnexpectedModelBehavior
 from pydantic_ai import messages as ai
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from sqlalchemy import URL
+from sqlalchemy.exc import OperationalError
 
 import agent
 import config
@@ -210,6 +211,21 @@ def test_a_tool_call_that_the_model_never_mends_fails_and_then_asks_the_model_an
     scripted.scripts["???"] = give_up_on_tools
     assert report_on(durable, "???").company_name == "unknown"
     assert scripted.requests["???"] == 4
+
+
+def test_a_process_that_executes_looks_again_when_the_database_is_away_for_a_moment(
+    durable: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = agent.decide, [OperationalError("SELECT 1", {}, Exception("too many clients"))]
+
+    def decide(*arguments: Any) -> agent.Found:
+        if failures:
+            raise failures.pop()
+        return real(*arguments)
+
+    monkeypatch.setattr(agent, "decide", decide)
+    assert report_on(durable, "Away").company_name == "Away"
+    assert failures == []
 
 
 def step(number: int, name: str, error: Exception | None = None) -> StepInfo:

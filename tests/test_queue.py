@@ -46,8 +46,27 @@ def test_one_failure_stops_nobody_and_is_told_with_its_cure(app: App) -> None:
     assert batch.wait() == 1
     assert list(table(batch).values()) == ["finished", "failed:", "finished"]
     assert "failed: UnexpectedModelBehavior: " in " ".join(batch.stdout.split())
-    assert "    resume it: uv run agent.py --bucket 'my bucket' '???'\n" in batch.stdout
+    assert "    resume it: uv run agent.py '--bucket=my bucket' '???'\n" in batch.stdout
     assert batch.stderr == ""
+
+
+def test_the_command_that_resumes_a_run_with_an_id_of_its_own_names_it(app: App) -> None:
+    assert app.run("Acme", "--run-id", "mine", OUTAGE="1").wait() == 1
+    unfinished = app.run("--unfinished", "--bucket", "unused", OUTAGE="1")
+    assert unfinished.wait() == 1
+    assert "resume it: uv run agent.py --run-id mine Acme\n" in unfinished.stdout
+    assert app.run("--run-id", "mine", "Acme").wait() == 0
+    assert app.statuses() == {"SUCCESS": 1}
+
+
+def test_a_failed_run_that_somebody_has_put_into_another_queue_goes_on(app: App) -> None:
+    """Its process died before it could store the failure, and then another program resumed it."""
+    app.run("Acme", OUTAGE="1", KILL_AT="before outcome ERROR")
+    app.rows("UPDATE {dbos}workflow_status SET status = 'ENQUEUED', queue_name = 'theirs'")
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert "failed at step 3" in again.stdout
+    assert app.repeated() == []
 
 
 def test_failed_runs_go_on_from_their_failed_step(app: App) -> None:
