@@ -315,7 +315,8 @@ def _refuse_transaction_pooler(url: URL) -> None:
         answers = {(connection, connection.scalar(ask)) for connection in turns}
     if len(answers) > 2 or len({session for _, session in answers}) < 2:
         raise ResearchError(
-            "the database is behind a pooler in transaction mode, which cannot hold a lock.\n"
+            "DBOS_SYSTEM_DATABASE_URL or NEON_DATABASE_URL is the address of a pooler in"
+            " transaction mode, which cannot hold a lock.\n"
             "Use the server's direct address (Neon: the host without -pooler), or session mode."
         )
 
