@@ -53,7 +53,6 @@ from pydantic_ai import messages as ai
 from pydantic_ai.durable_exec.dbos import DBOSAgent, StepConfig
 from pydantic_ai.models import Model
 from pydantic_ai.models.wrapper import WrapperModel
-from sqlalchemy.exc import IntegrityError
 from wcwidth import clip, ljust, wrap
 
 import config
@@ -141,9 +140,7 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
         if stored is None:
             raise RunFailed(DELETED)
         if is_alive(executor, stored):
-            return Found(
-                f"being executed by {stored.executor_id} since just now", stored.executor_id
-            )
+            return Found(f"being executed by {stored.executor_id} just now", stored.executor_id)
         if stored.status == "SUCCESS":
             return FINISHED
         steps = client.list_workflow_steps(run_id)
@@ -153,7 +150,7 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
             if is_open(stored):
                 # Only a run that has ended can be rewound. This one's process died too early.
                 client.cancel_workflow(run_id)
-            with suppress(dbos_error.DBOSException):  # for example, somebody has deleted it
+            with suppress(dbos_error.DBOSException):  # others changed it: the next look will tell
                 client.rewind_workflow(run_id, start_step=step, queue_name=queue)
             return Found(f"failed at step {step} ({describe(error)}), resumes there")
         told = f"resumes after {count_finished(steps)}"
@@ -164,7 +161,7 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
                 told = f"interrupted, {told}"
             case status:  # ENQUEUED in another queue, CANCELLED, or MAX_RECOVERY_ATTEMPTS_EXCEEDED
                 told = f"{status.lower().replace('_', ' ')}, {told}"
-        with suppress(dbos_error.DBOSException):  # as above
+        with suppress(dbos_error.DBOSException):  # others changed it: the next look will tell
             # Without queue_name, it would go to a queue from which every process takes runs.
             client.resume_workflow(run_id, queue_name=queue)
         return Found(told)
@@ -211,8 +208,7 @@ class Executor:
         url = self.settings.database_url
         self.lock, engine_options = config.hold_lock(url, self.id)
         delete_old_queues(self)
-        # DBOS takes runs from a queue at once if it is registered before the launch, and else
-        # after up to a second.
+        # Before the launch, because DBOS looks for new queues only once a second.
         self.client.register_queue(
             self.queue,
             worker_concurrency=self.concurrency or 10,
@@ -300,9 +296,9 @@ def research(
                         watched.add(run_id)
             except ResearchError as error:
                 outcomes[run_id] = error
-            except config.DATABASE_ERRORS:  # as above
+            except config.DATABASE_ERRORS:
                 if not executor.launched:
-                    raise
+                    raise  # otherwise the next look decides about this run
         tell(describe_progress(requests, found, stored, outcomes))
         if len(outcomes) == len(requests):
             return outcomes
@@ -615,8 +611,9 @@ def fork(executor: Executor, request: ResearchRequest, run_id: str, step: int) -
     refuse_other_request_or_version(base, request, goes_on=True)
     refuse_if_unreadable(run_id, [known for known in steps if known["function_id"] < step])
     executor.launch()
-    with SetWorkflowID(executor.queue), suppress(IntegrityError):  # another process was faster
-        # Without a version no process would take it; without a queue, any process would.
+    with SetWorkflowID(executor.queue), suppress(sqlalchemy.exc.IntegrityError):
+        # Without a version no process would take it; without a queue, any process would. If
+        # another process was faster, the fork is stored already.
         executor.client.fork_workflow(
             run_id, step, application_version=APP_VERSION, queue_name=executor.queue
         )

@@ -334,7 +334,12 @@ def take_lock(url: URL, name: str) -> Iterator[bool]:
     else:
         with _connect(url) as connection:
             connection.exec_driver_sql(NOTICE_A_LOST_CLIENT)
-            while (taken := connection.scalar(_try_lock(name))) is None:
+            # A restart of the server frees every lock. So the answer is NULL, "not yet", until
+            # live processes have connected again.
+            uptime = "extract(epoch FROM now() - pg_postmaster_start_time())"
+            lock = f"pg_try_advisory_lock({_lock_key(name)})"
+            query = sqlalchemy.text(f"SELECT CASE WHEN {uptime} > {RELOCK} THEN {lock} END")
+            while (taken := connection.scalar(query)) is None:
                 time.sleep(0.1)
             yield bool(taken)
 
@@ -380,11 +385,3 @@ def _take_file(path: Path) -> Iterator[bool]:
         if lock.is_locked:
             path.unlink()  # before the release, for FileLock takes no lock on a removed file
             lock.release()
-
-
-def _try_lock(name: str) -> sqlalchemy.TextClause:
-    # A restart of the server frees every lock. So the answer is NULL, "not yet", until live
-    # processes have connected again.
-    uptime = "extract(epoch FROM now() - pg_postmaster_start_time())"
-    lock = f"pg_try_advisory_lock({_lock_key(name)})"
-    return sqlalchemy.text(f"SELECT CASE WHEN {uptime} > {RELOCK} THEN {lock} END")

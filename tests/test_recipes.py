@@ -297,6 +297,8 @@ def test_the_service_tells_what_is_wrong_by_its_status_codes(
         assert ask("POST", f"{url}/reports/Acme")[0] == 202
         wait_for(lambda: app.statuses() == {"SUCCESS": 1}, "the model to answer")
         assert ask("GET", url + answer["report"])[0] == 200
+        app.rows("UPDATE {dbos}workflow_output SET output = 'of an older type'")
+        assert ask("GET", url + answer["report"])[0] == 409
         app.rows("UPDATE {dbos}workflow_status SET application_version = '0', status = 'ERROR'")
         assert ask("POST", f"{url}/reports/Acme")[0] == 409
 
