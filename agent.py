@@ -63,7 +63,9 @@ from tools import print_in_step, print_line, progress
 # ---------------------------------------------------------------- 1. the durable agent
 
 AGENT_NAME = "research_agent"
-WORKFLOW_NAME = f"{AGENT_NAME}.run"  # DBOSAgent registers its workflow under this name
+# DBOSAgent registers its workflow, and the step that asks the model, under these names.
+WORKFLOW_NAME = f"{AGENT_NAME}.run"
+MODEL_REQUEST = f"{AGENT_NAME}__model.request"
 
 
 def build_agent(settings: Settings) -> DBOSAgent[None, tools.ResearchReport]:
@@ -121,9 +123,10 @@ def decide(executor: "Executor", request: ResearchRequest, run_id: str) -> Found
         executor.launch()
         enqueue(executor, {run_id: request})
         return Found("new")
-    refuse_other_request_or_version(seen, request)
+    refuse_other_request(seen, request)
     if seen.status == "SUCCESS":
         return FINISHED
+    refuse_other_version(seen)
     # There are two kinds of locks. One is named by an executor ID, and held by that process until
     # it dies: if it can be taken, the process is dead. The other one is named by a run ID, and
     # held while a process resumes the run, so that no second process does the same.
@@ -283,7 +286,7 @@ def research(
                 if run is None and run_id in watched:
                     raise RunFailed(DELETED)
                 if run and ended:
-                    refuse_other_request_or_version(run, request)
+                    refuse_other_request(run, request)
                     outcomes[run_id] = run
                     if not executor.launched:  # or this process may have executed it
                         found.setdefault(run_id, FINISHED)
@@ -335,11 +338,6 @@ def is_in_hand(executor: Executor, run: WorkflowStatus, alive: set[str]) -> bool
 def succeeded(outcome: Outcome) -> bool:
     """Tell whether a run has its report."""
     return isinstance(outcome, WorkflowStatus) and outcome.status == "SUCCESS"
-
-
-def is_model_step(step: StepInfo) -> bool:
-    """Tell a model request from a tool call."""
-    return step["function_name"].startswith(f"{AGENT_NAME}__model")
 
 
 def count_finished(steps: list[StepInfo]) -> str:
@@ -441,20 +439,23 @@ def delete_old_queues(executor: Executor) -> None:
             executor.client.delete_queue(run.workflow_id)
 
 
-def refuse_other_request_or_version(
-    stored: WorkflowStatus, request: ResearchRequest, goes_on: bool = False
-) -> None:
-    """Raise `ResearchError` if a run answers another question, or would be waited for for ever."""
+def refuse_other_request(stored: WorkflowStatus, request: ResearchRequest) -> None:
+    """Raise `ResearchError` if a run answers another question.
+
+    DBOS compares only the ID: it would return the answer to the other question.
+    """
     asked = stored.attributes or {}
     if asked.get("request_id") != config.derive_run_id(request):
-        # DBOS compares only the ID: it would return the answer to the other question.
         raise ResearchError(
             f"run {stored.workflow_id} is stored for another request: {asked.get('company')},"
             f" {asked.get('model')}, bucket {asked.get('bucket')!r}, or other instructions.\n"
             "Choose another --run-id, or leave it out."
         )
-    if stored.app_version != APP_VERSION and (goes_on or not succeeded(stored)):
-        # DBOS would wait silently for a process of that version.
+
+
+def refuse_other_version(stored: WorkflowStatus) -> None:
+    """Raise `ResearchError` if a run must go on in another version: DBOS would wait for it."""
+    if stored.app_version != APP_VERSION:
         raise ResearchError(
             f"run {stored.workflow_id} belongs to version {stored.app_version} of this app, which"
             f" is version {APP_VERSION}.\n"
@@ -466,8 +467,7 @@ def refuse_if_unreadable(run_id: str, steps: list[StepInfo]) -> None:
     """Raise `ResearchError` if a resumed run would get a checkpoint that is not of today's type."""
     for step in steps:
         if step["error"] is None:
-            name = "model request" if is_model_step(step) else step["function_name"]
-            read_stored(run_id, name, step["output"])
+            read_stored(run_id, step["function_name"], step["output"])
 
 
 def read_stored(run_id: str, name: str, value: Any) -> Any:
@@ -478,7 +478,7 @@ def read_stored(run_id: str, name: str, value: Any) -> Any:
     """
     plain = value.model_dump(warnings=False) if isinstance(value, BaseModel) else value
     types = {tool.__name__: inspect.signature(tool).return_annotation for tool in tools.TOOLS}
-    types |= {"model request": ai.ModelResponse, "report": tools.ResearchReport}
+    types |= {MODEL_REQUEST: ai.ModelResponse, "report": tools.ResearchReport}
     try:
         return TypeAdapter(types.get(name, Any)).validate_python(plain)
     except ValidationError as error:
@@ -508,7 +508,7 @@ def find_failure(stored: WorkflowStatus, steps: list[StepInfo]) -> tuple[int, ob
     # answer, and what that led to, is dropped. If the run failed between steps, for example
     # because the disk was full, keep them all.
     if isinstance(stored.error, ai_error.AgentRunError):
-        asked = [step["function_id"] for step in steps if is_model_step(step)]
+        asked = [step["function_id"] for step in steps if step["function_name"] == MODEL_REQUEST]
         return max(asked, default=1), stored.error
     return max((step["function_id"] for step in steps), default=0) + 1, stored.error
 
@@ -608,7 +608,8 @@ def fork(executor: Executor, request: ResearchRequest, run_id: str, step: int) -
     base, steps = executor.look([run_id]).get(run_id), executor.client.list_workflow_steps(run_id)
     if base is None or not 0 < step <= len(steps):
         raise ResearchError(f"there is no step {step} in run {run_id}: see --list.")
-    refuse_other_request_or_version(base, request, goes_on=True)
+    refuse_other_request(base, request)
+    refuse_other_version(base)
     refuse_if_unreadable(run_id, [known for known in steps if known["function_id"] < step])
     executor.launch()
     with SetWorkflowID(executor.queue), suppress(sqlalchemy.exc.IntegrityError):

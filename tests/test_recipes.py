@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from conftest import PROJECT, App, wait_for
 from provider import Provider
 from recipes import ENVIRONMENT, README, apply_diff, blocks, copy_app, run
 
+# What is only DBOS's, and has no unixepoch() of ours, fails here: see the README's limits.
+OLD_SQLITE = sys.version_info >= (3, 12) and sqlite3.sqlite_version_info < (3, 42)
 DIFFS = ("own_tool.diff", "approval.diff", "durability.diff")
 
 
@@ -43,6 +46,9 @@ TABLE = "SELECT 1 FROM sqlite_master WHERE name = 'operation_outputs'"
 def test_the_plain_pattern_survives_a_kill(tmp_path: Path) -> None:
     [plain] = blocks("python", 'name="plain"')
     (copy_app(tmp_path) / "plain.py").write_text(plain)
+    if OLD_SQLITE:
+        assert "NOT NULL constraint failed" in run(tmp_path, "plain.py").stdout
+        return
     slow = plain.replace("DBOS.launch()", "tools.service.latency = 1\nDBOS.launch()")
     (tmp_path / "slow.py").write_text(slow)
     app = App(tmp_path, f"sqlite:///{tmp_path / 'plain.sqlite'}")
@@ -339,6 +345,10 @@ def test_the_dbos_command_lists_shows_cancels_and_resumes_runs(app: App) -> None
     [run] = json.loads(dbos(app, "list"))
     run_id = run["workflow_id"]
     assert [step["function_id"] for step in json.loads(dbos(app, "steps", run_id))] == [1, 2]
+    if OLD_SQLITE and app.database_url.startswith("sqlite"):
+        with pytest.raises(subprocess.CalledProcessError):
+            dbos(app, "cancel", run_id)
+        return
     dbos(app, "cancel", run_id)
     assert app.status() == "CANCELLED"
     dbos(app, "resume", run_id)
