@@ -329,8 +329,11 @@ def take_lock(url: URL, name: str) -> Iterator[bool]:
     or the server frees it when the process that holds it dies, however it dies.
     """
     if url.drivername == "sqlite":
-        with _take_file(_lock_file(url, name)) as taken:
-            yield taken
+        try:
+            with FileLock(_lock_file(url, name), blocking=False):
+                yield True
+        except Timeout:
+            yield False
     else:
         with _connect(url) as connection:
             connection.exec_driver_sql(NOTICE_A_LOST_CLIENT)
@@ -353,10 +356,11 @@ def hold_lock(url: URL, name: str) -> tuple[object, dict[str, Any]]:
         again as soon as DBOS has connected again, after a restart of the server or a cut network.
     """
     if url.drivername == "sqlite":
-        for path in _lock_file(url, name).parent.iterdir():
-            with _take_file(path):  # which removes the file, if its process has died
-                pass
-        return FileLock(_lock_file(url, name)).acquire().lock, {}
+        path = _lock_file(url, name)
+        for old in path.parent.iterdir():  # remove the files of processes that have died
+            with suppress(Timeout), FileLock(old, blocking=False):
+                old.unlink()
+        return FileLock(path).acquire().lock, {}
 
     def share(session: Any, _record: object) -> None:
         session.execute(NOTICE_A_LOST_CLIENT)
@@ -372,16 +376,3 @@ def _lock_key(name: str) -> int:
 
 def _lock_file(url: URL, name: str) -> Path:
     return Path(f"{url.database}.locks", f"{_lock_key(name)}")
-
-
-@contextmanager
-def _take_file(path: Path) -> Iterator[bool]:
-    lock = FileLock(path)
-    with suppress(Timeout):
-        lock.acquire(blocking=False)
-    try:
-        yield lock.is_locked
-    finally:
-        if lock.is_locked:
-            path.unlink()  # before the release, for FileLock takes no lock on a removed file
-            lock.release()
