@@ -210,7 +210,6 @@ class Executor:
         # The lock comes first: others must see that this process lives when it takes a run.
         url = self.settings.database_url
         self.lock, engine_options = config.hold_lock(url, self.id)
-        delete_old_queues(self)
         # Before the launch, because DBOS looks for new queues only once a second.
         self.client.register_queue(
             self.queue,
@@ -270,39 +269,35 @@ def research(
     while True:
         try:
             stored = executor.look(requests.keys() - outcomes.keys())
+            watched |= {run_id for run_id, run in stored.items() if is_open(run)}
+            alive = {executor.id}  # processes that are known to live, in this look
+            for run_id in requests.keys() - outcomes.keys():
+                run, request = stored.get(run_id), requests[run_id]
+                # A failure from before this command is resumed; a later one is the outcome.
+                ended = succeeded(run) or (run and run_id in watched and not is_open(run))
+                try:
+                    if run is None and run_id in watched:
+                        raise RunFailed(DELETED)
+                    if run and ended:
+                        refuse_other_request(run, request)
+                        outcomes[run_id] = run
+                        if not executor.launched:  # or this process may have executed it
+                            found.setdefault(run_id, FINISHED)
+                    elif run is None or not is_in_hand(executor, run, alive):
+                        found[run_id] = state = decide(executor, request, run_id)
+                        tell("")  # with many runs, the decisions take a while
+                        if state.owner:
+                            alive.add(state.owner)
+                        else:
+                            watched.add(run_id)
+                except ResearchError as error:
+                    outcomes[run_id] = error
+            tell(describe_progress(requests, found, stored, outcomes))
         except config.DATABASE_ERRORS:
             if not executor.launched:
                 raise
             tell("")  # DBOS waits for a database that is away for a while, so this does too
             time.sleep(1)
-            continue
-        watched |= {run_id for run_id, run in stored.items() if is_open(run)}
-        alive = {executor.id}  # processes that are known to live, in this look
-        for run_id in requests.keys() - outcomes.keys():
-            run, request = stored.get(run_id), requests[run_id]
-            # A failure from before this command is resumed; a later one is the outcome.
-            ended = run and (succeeded(run) or (run_id in watched and not is_open(run)))
-            try:
-                if run is None and run_id in watched:
-                    raise RunFailed(DELETED)
-                if run and ended:
-                    refuse_other_request(run, request)
-                    outcomes[run_id] = run
-                    if not executor.launched:  # or this process may have executed it
-                        found.setdefault(run_id, FINISHED)
-                elif run is None or not is_in_hand(executor, run, alive):
-                    found[run_id] = state = decide(executor, request, run_id)
-                    tell("")  # with many runs, the decisions take a while
-                    if state.owner:
-                        alive.add(state.owner)
-                    else:
-                        watched.add(run_id)
-            except ResearchError as error:
-                outcomes[run_id] = error
-            except config.DATABASE_ERRORS:
-                if not executor.launched:
-                    raise  # otherwise the next look decides about this run
-        tell(describe_progress(requests, found, stored, outcomes))
         if len(outcomes) == len(requests):
             return outcomes
         waits = not executor.launched or any(state.owner for state in found.values())
@@ -335,7 +330,7 @@ def is_in_hand(executor: Executor, run: WorkflowStatus, alive: set[str]) -> bool
     return executor.launched and run.status == "ENQUEUED" and mine
 
 
-def succeeded(outcome: Outcome) -> bool:
+def succeeded(outcome: Outcome | None) -> bool:
     """Tell whether a run has its report."""
     return isinstance(outcome, WorkflowStatus) and outcome.status == "SUCCESS"
 
@@ -430,13 +425,6 @@ def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
             # `deps` are stored as well. So there are none: a resumed run would get old ones back.
             executor.client.enqueue_in_transaction(transaction, options, request.prompt, deps=None)
     engine.dispose()
-
-
-def delete_old_queues(executor: Executor) -> None:
-    """Delete the queues of single runs that have finished, whose processes died before they did."""
-    for run in executor.look(queue.name for queue in executor.client.list_queues()).values():
-        if succeeded(run):
-            executor.client.delete_queue(run.workflow_id)
 
 
 def refuse_other_request(stored: WorkflowStatus, request: ResearchRequest) -> None:
@@ -800,14 +788,13 @@ def main() -> int:
         logging.getLogger(name).addHandler(logging.NullHandler())
     if options.verbose:
         logging.basicConfig(level=logging.INFO)
-    settings = None
     try:
         settings = config.load_settings()
         return run_command(settings, options)
     except (ResearchError, *config.DATABASE_ERRORS) as error:
         if options.verbose:
             traceback.print_exc()
-        if settings is not None and not isinstance(error, ResearchError):
+        if not isinstance(error, ResearchError):
             error = config.database_error(settings, error)
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
@@ -880,12 +867,13 @@ def run_one(
             "Finished steps are stored. Run the same command to resume."
         )
     # To a process that has only waited, nothing was restored.
-    replayed = seen is not None and succeeded(seen)
-    print_run(executor, run_id, steps if executor.launched or replayed else [])
+    print_run(executor, run_id, steps if executor.launched or succeeded(seen) else [])
     if from_step:
         print_line(f"Steps before step {from_step} are those of run {base}.")
-    if executor.launched:  # its queue has served its run
-        executor.client.delete_queue(executor.queue)
+    if executor.launched:  # the queues of single runs: this one's, and those of killed processes
+        for run in executor.look(queue.name for queue in executor.client.list_queues()).values():
+            if succeeded(run):
+                executor.client.delete_queue(run.workflow_id)
 
 
 def read_requests(settings: Settings, names: list[str], bucket: str) -> dict[str, ResearchRequest]:

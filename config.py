@@ -207,7 +207,7 @@ def _database_url() -> URL:
     key = "DBOS_SYSTEM_DATABASE_URL" if _read("DBOS_SYSTEM_DATABASE_URL") else "NEON_DATABASE_URL"
     with suppress(ArgumentError, ValueError):
         url = make_url(_read(key) or "sqlite:///research.sqlite")
-        kind = url.drivername.partition("+")[0]
+        kind = url.get_backend_name()
         options: dict[str, Any] = dict(url.query)
         # In memory, nothing outlives a process. An "@" in the host is the end of a password whose
         # "@" should be "%40". A password among the options would be logged.
