@@ -38,7 +38,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from typing import Any, cast
@@ -412,7 +412,7 @@ def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
     To store a run that is stored already changes nothing, so two processes may do it at once. Both
     go by the order of the IDs, or each could wait for a row that the other one has inserted.
     """
-    engine = sqlalchemy.create_engine(executor.settings.database_url)
+    engine = sqlalchemy.create_engine(executor.settings.database_url, poolclass=sqlalchemy.NullPool)
     with engine.begin() as transaction:
         for run_id, request in sorted(requests.items()):
             options: EnqueueOptions = {
@@ -420,11 +420,11 @@ def enqueue(executor: Executor, requests: dict[str, ResearchRequest]) -> None:
                 "workflow_id": run_id,
                 "queue_name": executor.queue,
                 "app_version": APP_VERSION,
-                "attributes": request.attributes,
+                # To tell later what was asked.
+                "attributes": {**asdict(request), "request_id": config.derive_run_id(request)},
             }
             # `deps` are stored as well. So there are none: a resumed run would get old ones back.
             executor.client.enqueue_in_transaction(transaction, options, request.prompt, deps=None)
-    engine.dispose()
 
 
 def refuse_other_request(stored: WorkflowStatus, request: ResearchRequest) -> None:
@@ -682,9 +682,7 @@ def print_run(executor: Executor, run_id: str, restored: list[StepInfo]) -> None
 
 def print_runs(executor: Executor, limit: int) -> None:
     """Print the newest runs, and in which states they really are."""
-    runs = executor.client.list_workflows(
-        application_name=config.APP_NAME, sort_desc=True, limit=limit + 1, load_input=False
-    )
+    runs = executor.client.list_workflows(sort_desc=True, limit=limit + 1, load_input=False)
     for run in runs[:limit]:
         asked, steps = run.attributes or {}, executor.client.list_workflow_steps(run.workflow_id)
         when = datetime.fromtimestamp((run.created_at or 0) / 1000).strftime("%Y-%m-%d %H:%M")

@@ -14,7 +14,7 @@ import time
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,6 @@ class ResearchRequest:
     def prompt(self) -> str:
         """What the model is asked."""
         return f'Write a research report on the company "{self.company}".'
-
-    @property
-    def attributes(self) -> dict[str, str]:
-        """What is stored beside the run, to tell later what was asked."""
-        return {**asdict(self), "request_id": derive_run_id(self)}
 
 
 def derive_run_id(request: ResearchRequest) -> str:
@@ -208,16 +203,15 @@ def _database_url() -> URL:
     with suppress(ArgumentError, ValueError):
         url = make_url(_read(key) or "sqlite:///research.sqlite")
         kind = url.get_backend_name()
-        options: dict[str, Any] = dict(url.query)
         # In memory, nothing outlives a process. An "@" in the host is the end of a password whose
         # "@" should be "%40". A password among the options would be logged.
         if not url.database or url.database.startswith(":") or "@" in (url.host or ""):
             pass
-        elif kind in ("postgresql", "postgres") and not {"password", "sslpassword"} & {*options}:
+        elif kind in ("postgresql", "postgres") and not {"password", "sslpassword"} & {*url.query}:
             # A server that does not answer is given up soon. DBOS tries twice, and every address.
-            options = {"connect_timeout": "3"} | options
-            return url.set(drivername="postgresql+psycopg", query=options)
-        elif kind == "sqlite" and not options:
+            query = {"connect_timeout": "3", **url.query}
+            return url.set(drivername="postgresql+psycopg", query=query)
+        elif kind == "sqlite" and not url.query:
             # Relative to this file: relative to the current directory, a rerun from elsewhere would
             # find an empty database, and start over. Without links: the lock goes by the path.
             path = (PROJECT / url.database).resolve()
@@ -256,11 +250,7 @@ SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3"""
 
 
 def open_database(settings: Settings) -> DBOSClient:
-    """Connect to the database; create it, and DBOS's tables in it, if they are missing.
-
-    Raises:
-        ResearchError: The database cannot be used.
-    """
+    """Connect to the database, and create what is missing; `ResearchError` if it cannot be used."""
     url = settings.database_url
     address = url.render_as_string(hide_password=False)
     try:
