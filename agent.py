@@ -711,9 +711,9 @@ def print_outcomes(
             seconds = ((run.completed_at or began) - began) / 1000
         company = ljust(clip(request.company, 0, 38), 40)
         print_wrapped(f"{company}{seconds:>9.1f}  {describe_state(executor, run)}", indent=4)
-        if not succeeded(run):
+        if isinstance(run, RunFailed | WorkflowStatus) and not succeeded(run):
             words = [f"--bucket={request.bucket}"] if request.bucket else []
-            words += ["--run-id", run_id] if run_id != config.derive_run_id(request) else []
+            words += [f"--run-id={run_id}"] if run_id != config.derive_run_id(request) else []
             words += ["--", request.company] if request.company[0] == "-" else [request.company]
             print_line(f"    resume it: uv run agent.py {shlex.join(words)}")
 
@@ -789,7 +789,7 @@ def main() -> int:
     try:
         settings = config.load_settings()
         return run_command(settings, options)
-    except (ResearchError, *config.DATABASE_ERRORS) as error:
+    except (ResearchError, OSError, *config.DATABASE_ERRORS) as error:  # OSError: a file of a lock
         if options.verbose:
             traceback.print_exc()
         if not isinstance(error, ResearchError):
@@ -851,6 +851,8 @@ def run_one(
     line = StatusLine(f"Run {run_id}: ", f".{again} Process {os.getpid()}. {where}")
     executor = Executor(settings, run_id)
     seen = executor.look([run_id]).get(run_id)
+    if from_step and seen and seen.forked_from != base:
+        raise ResearchError(f"run {run_id} is stored, but not as a fork: choose another --run-id.")
     if from_step and seen is None:
         fork(executor, request, base, from_step)
         line.show("new")

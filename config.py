@@ -87,14 +87,22 @@ def derive_run_id(request: ResearchRequest) -> str:
         `research-acme-0123456789abcdef`: the same on every machine and every Python.
     """
     parts = [request.tenant_id, request.user_id, normalize(request.prompt), request.model]
-    parts += [request.bucket, tools.INSTRUCTIONS]
-    # The model reads the tools' docstrings, so they are part of the question as well.
-    parts += [f"{tool.__name__}: {inspect.getdoc(tool)}" for tool in tools.TOOLS]
-    # JSON keeps the parts apart; joined to one string, "ab" + "c" would equal "a" + "bc".
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    digest = digest_of([*parts, request.bucket, *instructions()])
     letters = unicodedata.normalize("NFKD", normalize(request.company)).encode("ascii", "ignore")
     name = re.sub(r"[^a-z0-9]+", "-", letters.decode()).strip("-")[:24].strip("-")
     return f"research-{name}-{digest}" if name else f"research-{digest}"
+
+
+def instructions() -> list[str]:
+    """Return what the model is told with every request: it reads the tools' docstrings as well."""
+    told = [f"{tool.__name__}: {inspect.getdoc(tool)}" for tool in tools.TOOLS]
+    return [tools.INSTRUCTIONS, *told]
+
+
+def digest_of(parts: list[str]) -> str:
+    """Return 16 hexadecimal digits of SHA-256."""
+    # JSON keeps the parts apart; joined to one string, "ab" + "c" would equal "a" + "bc".
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def normalize(text: str) -> str:
@@ -143,8 +151,11 @@ class Settings:
 
     @property
     def queue(self) -> str:
-        """The DBOS queue for many runs: one a model, because a process has only one model."""
-        return f"research:{self.model}"
+        """The DBOS queue for many runs: a process has only one model, and one set of instructions.
+
+        A run that is queued under other instructions is another question: it is not taken.
+        """
+        return f"research:{self.model}:{digest_of(instructions())[:8]}"
 
     @property
     def database_label(self) -> str:
@@ -174,6 +185,8 @@ def load_settings() -> Settings:
             os.environ.pop(key, None)
         elif not (_read(key).isascii() and _read(key).isprintable()):
             raise ResearchError(f"{key} contains a character that no key has: copy the key again.")
+        else:  # a client would send a stray line end as well, and its error would quote the key
+            os.environ[key] = _read(key)
     by_key = (model for key, model in MODEL_BY_KEY.items() if _read(key))
     return Settings(
         model=clean_text("MODEL", _read("MODEL") or next(by_key, "offline")),

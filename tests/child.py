@@ -218,6 +218,7 @@ def main(
     vars(agent)["APP_VERSION"] = vars(config)["APP_VERSION"] = version
     vars(agent)["GRACE"] = patches.pop("grace", agent.GRACE)
     vars(agent)["LOOK"] = patches.pop("look", agent.LOOK)
+    tools.INSTRUCTIONS = patches.pop("instructions", tools.INSTRUCTIONS)
     vars(config)["RELOCK"] = patches.pop("relock", config.RELOCK)
     if stdin := patches.pop("stdin", None):
         sys.stdin = open(stdin)  # noqa: SIM115

@@ -14,7 +14,17 @@ from dbos import DBOS
 from fastapi import FastAPI, HTTPException, Response
 
 import tools
-from agent import GRACE, LOOK, Executor, decide, is_open, read_report, succeeded, take_over
+from agent import (
+    GRACE,
+    LOOK,
+    Executor,
+    decide,
+    is_alive,
+    is_open,
+    read_report,
+    succeeded,
+    take_over,
+)
 from config import ResearchError, derive_run_id, load_settings
 
 
@@ -48,7 +58,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 # These are plain functions, which FastAPI runs in threads, because `DBOSClient` blocks.
-@app.post("/reports/{company}", status_code=202)
+@app.post("/reports/{company:path}", status_code=202)
 def post(company: str, response: Response) -> dict[str, str]:
     """Start or resume a run; 422 for a name that is unfit, 409 for a run of another version."""
     executor: Executor = app.state.executor
@@ -80,4 +90,6 @@ def get(run_id: str, response: Response) -> dict[str, object]:
     if not is_open(run):
         raise HTTPException(502, "the research has failed; POST again to resume it")
     response.status_code = 202
+    if run.status == "PENDING" and not is_alive(executor, run):
+        return {"state": "interrupted: a worker or another POST resumes it"}
     return {"state": "in progress"}

@@ -227,6 +227,23 @@ def test_a_read_only_file_is_a_clear_error_and_the_run_goes_on_when_it_is_mended
         shutil.rmtree(folder)
 
 
+def test_locks_that_belong_to_another_user_are_a_clear_error() -> None:
+    folder = Path(tempfile.mkdtemp(prefix="locks-"))  # not in pytest's, which only root enters
+    app = App(folder, f"sqlite:///{folder / 'research.sqlite'}")
+    try:
+        app.run("Acme", KILL_AT="before commit 3")
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        (folder / "research.sqlite.locks").chmod(0o700)
+        for arguments in (["Acme"], ["Globex"], ["--list"], ["Acme", "Globex"]):
+            told = refused(app, *arguments, patches={"unprivileged": True})
+            assert "research.sqlite.locks" in told
+        assert app.run("Acme").wait() == 0
+    finally:
+        app.close()
+        shutil.rmtree(folder)
+
+
 def test_a_file_that_is_damaged_inside_is_a_clear_error(sqlite_app: App) -> None:
     sqlite_app.run("Acme", KILL_AT="before commit 3")
     path = sqlite_app.folder / "research.sqlite"

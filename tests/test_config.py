@@ -70,6 +70,12 @@ def test_an_empty_key_is_not_set_for_the_providers_client_either() -> None:
     assert "OPENAI_API_KEY" not in os.environ
 
 
+def test_a_key_with_a_stray_line_end_is_given_to_the_providers_client_without_it() -> None:
+    os.environ["OPENAI_API_KEY"] = " sk-any\n"
+    load_settings()
+    assert os.environ["OPENAI_API_KEY"] == "sk-any"
+
+
 def test_the_real_environment_wins_over_the_file(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("TENANT_ID=file\nUSER_ID=file\n")
     os.environ["USER_ID"] = "real"

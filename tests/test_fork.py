@@ -207,6 +207,14 @@ def test_what_cannot_be_forked_is_an_error_and_nothing_is_stored(
     assert app.ledger() == ledger, "nothing was launched"
 
 
+def test_a_run_that_has_the_name_of_a_fork_and_is_none_is_not_taken_for_it(app: App) -> None:
+    assert app.run("Acme", "--run-id", "mine-from-3").wait() == 0
+    refused = app.run("Acme", "--run-id", "mine", "--from-step", "3")
+    assert refused.wait() == 2
+    assert "stored, but not as a fork" in refused.stderr
+    assert refused.stdout == ""
+
+
 def test_a_failed_run_can_be_forked_and_goes_on_itself(app: App) -> None:
     app.run("Acme", OUTAGE="1")
     base = run_id("Acme")

@@ -24,6 +24,24 @@ def enqueue(app: App, *names: str, version: str = APP_VERSION) -> None:
     batch.wait()
 
 
+def test_runs_that_are_queued_under_other_instructions_are_left_to_those_who_have_these(
+    app: App,
+) -> None:
+    enqueue(app, "Acme", "Globex")
+    others = {"instructions": "Be brief."}
+    worker = app.start("--worker", patches=others).until_prints("serves the queue")
+    assert app.run("Initech", "Hooli", patches=others).wait() == 0
+    assert app.statuses() == {"SUCCESS": 2, "ENQUEUED": 2}
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    unfinished = app.run("--unfinished", patches=others)
+    assert unfinished.wait() == 1
+    assert "stored for another request" in " ".join(unfinished.stdout.split())
+    assert "resume it" not in unfinished.stdout, "that command could not resume it"
+    assert app.run("Acme", "Globex").wait() == 0
+    assert app.statuses() == {"SUCCESS": 4}
+
+
 def test_each_of_several_names_is_the_run_it_would_be_alone(app: App) -> None:
     assert app.run("Globex").wait() == 0
     batch = app.run(*NAMES, "  ACME ")
@@ -54,7 +72,7 @@ def test_the_command_that_resumes_a_run_with_an_id_of_its_own_names_it(app: App)
     assert app.run("Acme", "--run-id", "mine", OUTAGE="1").wait() == 1
     unfinished = app.run("--unfinished", "--bucket", "unused", OUTAGE="1")
     assert unfinished.wait() == 1
-    assert "resume it: uv run agent.py --run-id mine Acme\n" in unfinished.stdout
+    assert "resume it: uv run agent.py --run-id=mine Acme\n" in unfinished.stdout
     assert app.run("--run-id", "mine", "Acme").wait() == 0
     assert app.statuses() == {"SUCCESS": 1}
 
@@ -151,7 +169,7 @@ def test_a_worker_executes_what_is_queued_and_finishes_it_on_sigterm(app: App) -
     assert worker.wait() == 0, worker.stderr
     assert worker.stderr == ""
     assert app.statuses() == {"SUCCESS": 1, "ENQUEUED": 2}
-    assert "A worker serves the queue research:offline." in worker.stdout
+    assert "A worker serves the queue research:offline:" in worker.stdout
     assert "step 1: asks the model offline\n" in worker.stdout
     assert "  research-" in worker.stdout, "each line names its run"
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -154,6 +155,9 @@ def test_a_person_answers_while_nothing_runs_and_the_effect_happens_once_or_neve
     apply_diff("approval.diff", copy_app(tmp_path))
     asked = wait_for_question(tmp_path, app)
     assert wait_for_question(tmp_path, app) == asked, "a rerun asks the same question again"
+    unclear = run(tmp_path, *asked[:-1], "Yes", **database(app))
+    assert unclear.returncode == 1, "only yes and no are answers"
+    assert "yes|no" in unclear.stdout
     words = asked[:-1] + (["yes"] if answer == "yes" else ["no", "not", "this", "year"])
     assert run(tmp_path, *words, **database(app)).returncode == 0
     other = "no" if answer == "yes" else "yes"
@@ -265,6 +269,24 @@ def test_the_service_killed_with_requests_in_flight_resumes_them_without_being_a
         assert app.rows(stored) == [(12,)], "each step is stored once"
         server.terminate()
         server.wait()
+
+
+def test_the_service_says_so_when_a_run_lies_idle_whose_command_was_killed(
+    app: App, tmp_path: Path
+) -> None:
+    copy_service(tmp_path)
+    with serve(tmp_path, **database(app)) as (_, url):
+        command = app.start("Acme", WAIT_AT="after effect 3")
+        app.until("waiting after effect 3")
+        code, answer = ask("POST", f"{url}/reports/Acme")
+        assert (code, ask("GET", url + answer["report"])) == (202, (202, {"state": "in progress"}))
+        command.signal(signal.SIGKILL)
+        command.wait()
+        told = {"state": "interrupted: a worker or another POST resumes it"}
+        assert ask("GET", url + answer["report"]) == (202, told)
+        assert ask("POST", f"{url}/reports/Acme")[0] == 202
+        wait_for(lambda: app.statuses() == {"SUCCESS": 1}, "the report")
+        assert ask("POST", f"{url}/reports/A/S")[0] == 202, "a name may hold a slash"
 
 
 def test_the_service_shuts_down_after_the_runs_in_flight_have_ended(
