@@ -442,7 +442,7 @@ def refuse_other_request(stored: WorkflowStatus, request: ResearchRequest) -> No
 
 
 def refuse_other_version(stored: WorkflowStatus) -> None:
-    """Raise `ResearchError` if a run must go on in another version: DBOS would wait for it."""
+    """Raise `ResearchError` if a run is of another version: DBOS would wait for that, for ever."""
     if stored.app_version != APP_VERSION:
         raise ResearchError(
             f"run {stored.workflow_id} belongs to version {stored.app_version} of this app, which"
@@ -711,6 +711,7 @@ def print_outcomes(
             seconds = ((run.completed_at or began) - began) / 1000
         company = ljust(clip(request.company, 0, 38), 40)
         print_wrapped(f"{company}{seconds:>9.1f}  {describe_state(executor, run)}", indent=4)
+        # A run that was refused would be refused again.
         if isinstance(run, RunFailed | WorkflowStatus) and not succeeded(run):
             words = [f"--bucket={request.bucket}"] if request.bucket else []
             words += [f"--run-id={run_id}"] if run_id != config.derive_run_id(request) else []
@@ -870,7 +871,7 @@ def run_one(
     print_run(executor, run_id, steps if executor.launched or succeeded(seen) else [])
     if from_step:
         print_line(f"Steps before step {from_step} are those of run {base}.")
-    if executor.launched:  # the queues of single runs: this one's, and those of killed processes
+    if executor.launched:  # finished runs need no queue: this one, and those of killed processes
         for run in executor.look(queue.name for queue in executor.client.list_queues()).values():
             if succeeded(run):
                 executor.client.delete_queue(run.workflow_id)

@@ -228,7 +228,7 @@ def _database_url() -> URL:
             # Relative to this file: relative to the current directory, a rerun from elsewhere would
             # find an empty database, and start over. Without links: the lock goes by the path.
             path = (PROJECT / url.database).resolve()
-            if not path.parent.is_dir():
+            if not os.path.isdir(path.parent):  # Path.is_dir() raises if it may not look
                 raise ResearchError(
                     f"{key}: there is no folder {path.parent}. Create or correct it."
                 )

@@ -238,6 +238,8 @@ def test_locks_that_belong_to_another_user_are_a_clear_error() -> None:
         for arguments in (["Acme"], ["Globex"], ["--list"], ["Acme", "Globex"]):
             told = refused(app, *arguments, patches={"unprivileged": True})
             assert "research.sqlite.locks" in told
+        hidden = {"DBOS_SYSTEM_DATABASE_URL": f"{app.database_url}.locks/hidden/x.sqlite"}
+        assert "no folder" in refused(app, "Acme", patches={"unprivileged": True}, **hidden)
         assert app.run("Acme").wait() == 0
     finally:
         app.close()
