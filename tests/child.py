@@ -1,4 +1,4 @@
-"""What runs in the processes that tests start and kill: agent.py itself, with ears and hooks.
+"""What runs in the processes that tests start and kill: the app itself, with ears and hooks.
 
 The tests start them from a forkserver that has already imported the libraries, so that a process
 costs a tenth of a second instead of two. The code under test is the product's. Replaced are
@@ -17,8 +17,7 @@ gate. Each of the first ones has a "before" and an "after":
 
 | point            | the moment                                                                    |
 |------------------|-------------------------------------------------------------------------------|
-| insert NAME      | the run of that company is written, in a transaction not yet committed  |
-| enqueue          | new runs are stored in a queue                                                |
+| enqueue          | a new run is stored in a queue                                                |
 | look             | a worker looks for runs that dead processes have left                         |
 | register         | the queue is registered                                                       |
 | launch           | DBOS is launched                                                              |
@@ -34,6 +33,7 @@ gate. Each of the first ones has a "before" and an "after":
 """
 
 import asyncio
+import importlib
 import itertools
 import os
 import resource
@@ -43,7 +43,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dbos._core
 import dbos._dbos
@@ -56,6 +56,7 @@ from pydantic_ai.models.function import AgentInfo
 import agent
 import config
 import tools
+from recipes import worker
 
 
 def note(line: str) -> None:
@@ -95,23 +96,28 @@ waited: set[str] = set()
 class LedgerService(tools.SimulatedService):
     """The simulated service, with each call's effect noted outside the process."""
 
-    async def overview(self, company_name: str, idempotency_key: str) -> dict[str, Any]:
+    async def overview(self, company_name: str, key: str) -> dict[str, Any]:
         await reach_async("inside 2")
-        payload = await super().overview(company_name, idempotency_key)
-        note(f"effect overview {idempotency_key}")
+        payload = await super().overview(company_name, key)
+        note(f"effect overview {DBOS.workflow_id}:{DBOS.step_id}")
         await reach_async("after effect 2")
         return payload
 
-    async def financials(self, company_name: str, idempotency_key: str) -> dict[str, Any]:
+    async def financials(self, company_name: str, key: str) -> dict[str, Any]:
         await reach_async("inside 3")
+        if "RAISE" in os.environ:
+            raise RAISED[os.environ["RAISE"]]
         if os.environ.get("OUTAGE") == "database":
             raise sqlalchemy.exc.OperationalError("SELECT 1", {}, Exception("no such table"))
         if "OUTAGE" in os.environ:
             raise PermissionError("the service is closed today")
-        payload = await super().financials(company_name, idempotency_key)
-        note(f"effect financials {idempotency_key}")
+        payload = await super().financials(company_name, key)
+        note(f"effect financials {DBOS.workflow_id}:{DBOS.step_id}")
         await reach_async("after effect 3")
         return payload
+
+
+RAISED = {"CancelledError": asyncio.CancelledError(), "SystemExit": SystemExit(1)}
 
 
 def listen_to_model() -> None:
@@ -148,12 +154,10 @@ def listen(owner: Any, name: str, what: Callable[[tuple[Any, ...]], str]) -> Non
 
 def listen_to_database() -> None:
     """Note each write that matters."""
-    listen(agent, "enqueue", lambda _: "enqueue")
-    listen(agent, "take_over", lambda _: "look")
+    listen(config.ResearchRequest, "enqueue", lambda _: "enqueue")
+    listen(worker.Worker, "take_over", lambda _: "look")
     listen(DBOS, "launch", lambda _: "launch")
-    company = "attributes"
     for method, what in {
-        "init_workflow_with_connection": lambda args: f"insert {args[1][company]['company']}",
         "upsert_queue": lambda _: "register",
         "start_queued_workflows": lambda _: "dequeue",
         "check_operation_execution": lambda args: f"body {args[2]}",
@@ -202,7 +206,7 @@ def hasten_retries() -> None:
 def main(
     arguments: list[str], environment: dict[str, str], output: str, patches: dict[str, Any]
 ) -> None:
-    """Run agent.py's command line in this process, which is a fresh one."""
+    """Run a command line of the app in this process, which is a fresh one."""
     os.setsid()
     os.chdir("/")
     for path, stream in ((output + ".out", sys.stdout), (output + ".err", sys.stderr)):
@@ -213,24 +217,30 @@ def main(
     os.environ.clear()
     os.environ.update(environment)
     config.PROJECT = Path(environment["HOME"])
-    tools.service = LedgerService()
+    vars(config)["SimulatedService"] = LedgerService
     version = patches.pop("version", config.APP_VERSION)
     vars(agent)["APP_VERSION"] = vars(config)["APP_VERSION"] = version
-    vars(agent)["GRACE"] = patches.pop("grace", agent.GRACE)
-    vars(agent)["LOOK"] = patches.pop("look", agent.LOOK)
-    tools.INSTRUCTIONS = patches.pop("instructions", tools.INSTRUCTIONS)
-    vars(config)["RELOCK"] = patches.pop("relock", config.RELOCK)
+    worker.GRACE = patches.pop("grace", worker.GRACE)
+    worker.LOOK = patches.pop("look", worker.LOOK)
+    object.__setattr__(
+        tools.BRIEF, "instructions", patches.pop("instructions", tools.BRIEF.instructions)
+    )
+    config.SessionLocks.PATIENCE = patches.pop("patience", config.SessionLocks.PATIENCE)
     if stdin := patches.pop("stdin", None):
         sys.stdin = open(stdin)  # noqa: SIM115
     if limit := patches.pop("file_size", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if patches.pop("unprivileged", None) and os.getuid() == 0:
         os.setuid(65534)  # root may write everything
-    agent.MODEL_STEP.update(patches)
+    recipe = patches.pop("recipe", None)
+    cast(dict[str, Any], agent.MODEL_STEP).update(patches)
     listen_to_model()
     listen_to_database()
     listen_to_statements()
     hasten_destroy()
     hasten_retries()
-    sys.argv = ["agent.py", *arguments]
+    sys.argv = [recipe or "agent.py", *arguments]
+    if recipe:
+        main = importlib.import_module(f"recipes.{recipe}").main
+        sys.exit(agent.run_command(main))
     sys.exit(agent.main())

@@ -34,6 +34,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
         "child",
+        "recipes.many",
         "genai_prices.data",
         "pydantic_ai.mcp",
         "pydantic_ai.models.openai",
@@ -106,8 +107,10 @@ class App:
     processes: list[Process] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
-    def start(self, *arguments: str, patches: Any = None, **environment: str) -> Process:
-        """Start the command line in a process of its own."""
+    def start(
+        self, *arguments: str, recipe: str = "", patches: Any = None, **environment: str
+    ) -> Process:
+        """Start the command line, or that of a recipe, in a process of its own."""
         output = self.folder / f"process-{len(self.processes)}"
         for suffix in (".out", ".err"):
             output.with_suffix(suffix).touch()
@@ -121,15 +124,18 @@ class App:
             **environment,
         }
         process = FORKSERVER.Process(
-            target=child.main, args=(list(arguments), settings, str(output), dict(patches or {}))
+            target=child.main,
+            args=(list(arguments), settings, str(output), {**(patches or {}), "recipe": recipe}),
         )
         process.start()
         self.processes.append(Process(process, output))
         return self.processes[-1]
 
-    def run(self, *arguments: str, patches: Any = None, **environment: str) -> Process:
-        """Run the command line to its end."""
-        process = self.start(*arguments, patches=patches, **environment)
+    def run(
+        self, *arguments: str, recipe: str = "", patches: Any = None, **environment: str
+    ) -> Process:
+        """Run the command line, or that of a recipe, to its end."""
+        process = self.start(*arguments, recipe=recipe, patches=patches, **environment)
         process.code = process.wait()  # type: ignore[attr-defined]
         return process
 
@@ -277,7 +283,7 @@ def fresh_postgres(server: str, tmp_path: Path) -> str:
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database with DBOS's tables: it takes DBOS a while to make them."""
     folder = tmp_path_factory.mktemp("migrated")
-    assert App(folder, f"sqlite:///{folder / 'research.sqlite'}").run("--list").wait() == 0
+    DBOS.migrate(f"sqlite:///{folder / 'research.sqlite'}")
     return folder / "research.sqlite"
 
 
