@@ -32,8 +32,9 @@ class Batch:
         self.requests = {request.run_id: request for request in requests}
         self.outcomes: dict[str, str] = {}
         """Run ID to how it has ended: "finished", or what went wrong."""
-        self.prepared: set[str] = set()
-        """Runs that were begun or resumed since this command began: a failure now is an outcome."""
+        self.tries: dict[str, int] = {}
+        """Run ID to how often it was put into the queue, or 1 if it was in hand: if a run that is
+        named here fails, that is its outcome. One that had failed before is resumed."""
         self.running = 0
 
     def look(self, run_ids: Iterable[str]) -> dict[str, WorkflowStatus]:
@@ -63,12 +64,12 @@ class Batch:
             self.executor.brief.read_report(run_id, whole and whole.output)
             self.outcomes[run_id] = "finished"
         elif run and run.status in OPEN and self.executor.is_in_hand(run):
-            self.prepared.add(run_id)
-        elif run and run_id in self.prepared and agent.is_over(self.executor, run, 2):
+            self.tries.setdefault(run_id, 1)
+        elif run and run_id in self.tries and agent.is_over(self.executor, run, self.tries[run_id]):
             whole = self.executor.look(run_id) or run
             self.outcomes[run_id] = agent.describe_end(self.executor, whole).splitlines()[0]
         elif worker.prepare(self.executor, run_id, self.requests[run_id]):
-            self.prepared.add(run_id)
+            self.tries[run_id] = self.tries.get(run_id, 0) + 1
 
 
 def print_outcomes(batch: Batch) -> None:
@@ -89,9 +90,9 @@ def main() -> int:
     parser.add_argument("company", nargs="*", help="without any: one a line of standard input")
     parser.add_argument("--bucket", default="", help="any text: a new one is a new run")
     options = parser.parse_args()
-    names = options.company or sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape").split(
-        "\n"
-    )
+    # What is not UTF-8 becomes a character that no name may have.
+    data = b"" if options.company else sys.stdin.buffer.read()
+    names = options.company or data.decode("utf-8-sig", "surrogateescape").split("\n")
     tools.output.show = "nothing"
     executor = worker.make_executor(config.load_settings())
     names = [name for name in names if name.strip()]
