@@ -51,6 +51,13 @@ from tools import BRIEF, Brief, ResearchError, print_line
 
 # ---------------------------------------------------------------- 1. the durable agent
 
+# Passed to @DBOS.step, which knows more options than the StepConfig type.
+MODEL_STEP = cast(StepConfig, {"timeout_seconds": 90, "preemptible": True, **config.MODEL_RETRIES})
+# One tool at a time, so that steps finish in the order of their numbers. Rewinding a failed run
+# deletes the failed step and every step with a higher number; with tools in parallel, one of those
+# could have finished.
+ONE_BY_ONE: Literal["sequential"] = "sequential"
+
 
 def build_agent(
     settings: Settings, brief: Brief, capabilities: Sequence[AbstractCapability[None]] = ()
@@ -77,14 +84,6 @@ def build_agent(
         # pydantic-ai 3 will have no DBOSAgent; pyproject.toml excludes that version.
         warnings.filterwarnings("ignore", "`DBOSAgent` is deprecated")
         return DBOSAgent(agent, model_step_config=MODEL_STEP, parallel_execution_mode=ONE_BY_ONE)
-
-
-# Passed to @DBOS.step, which knows more options than the StepConfig type.
-MODEL_STEP = cast(StepConfig, {"timeout_seconds": 90, "preemptible": True, **config.MODEL_RETRIES})
-# One tool at a time, so that steps finish in the order of their numbers. Rewinding a failed run
-# deletes the failed step and every step with a higher number; with tools in parallel, one of those
-# could have finished.
-ONE_BY_ONE: Literal["sequential"] = "sequential"
 
 
 # ---------------------------------------------------------------- 2. the promise
@@ -239,7 +238,6 @@ class Executor:
                 # lives when it takes a run.
                 self.engine_options = self.locks.show_that_this_process_lives(self.id)
                 logging.getLogger("dbos").addFilter(lambda record: note_lost(self, record))
-                delete_queues_of_the_dead(self)
                 self.ready = True
             # Before the launch, because DBOS looks for new queues only once a second. And later
             # if need be: somebody may have taken this process for dead, and deleted its queue.
@@ -272,6 +270,7 @@ class Executor:
                 DBOS.destroy()  # or DBOS would take itself for launched when this is tried again
                 raise
             self.launched = True
+            delete_queues_of_the_dead(self)
 
 
 # ---------------------------------------------------------------- 4. details
@@ -316,9 +315,10 @@ def loop_lives() -> bool:
 
 def delete_queues_of_the_dead(executor: Executor) -> None:
     """Delete the queues of processes that have died, or their rows would pile up."""
-    for queue in executor.client.list_queues():
-        if config.is_executor_id(queue.name) and executor.locks.is_dead(queue.name):
-            executor.client.delete_queue(queue.name)
+    with suppress(*config.DATABASE_ERRORS):  # then the next process that launches does it
+        for queue in executor.client.list_queues():
+            if config.is_executor_id(queue.name) and executor.locks.is_dead(queue.name):
+                executor.client.delete_queue(queue.name)
 
 
 def note_lost(executor: Executor, record: logging.LogRecord) -> bool:
