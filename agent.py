@@ -70,7 +70,7 @@ def build_agent(
     `@DBOS.step` above it, and only so: any other function would run again after each crash.
     """
     agent = Agent(
-        config.build_model(settings),
+        config.build_model(settings, brief.stand_in),
         name=config.AGENT_NAME,
         instructions=brief.instructions,
         output_type=brief.output_type,
@@ -461,9 +461,10 @@ def tell_found(executor: Executor, request: ResearchRequest, found: str) -> None
     """Print the first line: which run this is, and how it was found."""
     if tools.output.show == "nothing":
         return
-    script = ", a script (for a real one, see .env.example)" if request.model == "offline" else ""
+    script = ", a script" if request.model == "offline" else ""
+    print_wrapped(f"Run {request.run_id}: {found}.")
     print_wrapped(
-        f"Run {request.run_id}: {found}. Process {os.getpid()}. Model: {request.model}{script}."
+        f"Process {os.getpid()}. Model: {request.model}{script}."
         f" Database: {executor.settings.database_label}."
     )
 

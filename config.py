@@ -78,11 +78,12 @@ class ResearchRequest:
     """A digest of the brief. Changed instructions, tools or docstrings are another question."""
     recipe: str = "agent"
     """The program whose run this is. It is not part of the run ID."""
+    question: str = "{company}"
 
     @property
     def prompt(self) -> str:
         """What the model is asked."""
-        return f'Write a research report on the company "{self.company}".'
+        return self.question.format(company=self.company)
 
     @property
     def run_id(self) -> str:
@@ -172,6 +173,7 @@ class Settings:
             bucket=clean_text("the bucket", bucket) if bucket else "",
             told=digest_of(brief.told),
             recipe=brief.recipe,
+            question=brief.question,
         )
 
     @property
@@ -291,11 +293,17 @@ MODEL_RETRIES = tools.retry(
 )
 
 
-def build_model(settings: Settings) -> Model:
-    """Return the model of the settings; raise `ResearchError` if it cannot be used."""
+def build_model(settings: Settings, stand_in: tools.StandIn | None = None) -> Model:
+    """Return the model of the settings; raise `ResearchError` if it cannot be used.
+
+    Args:
+        settings: They name the model.
+        stand_in: What answers in place of a model if that is "offline".
+    """
     name = settings.model
     if name == "offline":
-        return ModelInStep(FunctionModel(tools.offline_script, model_name=name), settings)
+        script = FunctionModel(stand_in or tools.offline_script, model_name=name)
+        return ModelInStep(script, settings)
     try:
         return ModelInStep(infer_model(name), settings)
     except (ai_error.UserError, ImportError) as error:

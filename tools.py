@@ -228,6 +228,7 @@ async def fetch_financial_metrics(company_name: str) -> FinancialMetrics:
 # ---------------------------------------------------------------- the brief
 
 AgentTool = Callable[..., Awaitable[Any]] | Tool[None]
+StandIn = Callable[[list[ai.ModelMessage], AgentInfo], Awaitable[ai.ModelResponse]]
 
 
 class UnreadableError(ResearchError):
@@ -241,8 +242,11 @@ class Brief:
     instructions: str
     tools: Sequence[AgentTool]
     output_type: type[Any]
+    question: str = 'Write a research report on the company "{company}".'
     recipe: str = "agent"
     """The program whose runs these are: `agent`, or a file of `recipes/`."""
+    stand_in: StandIn | None = None
+    """What answers in place of a model when there is no key: `offline_script`, or yours."""
 
     @property
     def functions(self) -> list[Callable[..., Any]]:
