@@ -1,4 +1,4 @@
-"""Measure what agent.py costs, and print a table. The README quotes its first eight rows.
+"""Measure what agent.py costs, and print a table. recipes/README.md quotes its first eight rows.
 
     uv run python tests/benchmark.py --peers           # on SQLite, and beside LangGraph
     uv run python tests/benchmark.py                   # without LangGraph, which --peers fetches
@@ -10,7 +10,7 @@ Times differ from machine to machine and from minute to minute. So each figure s
 baseline, and both are measured by turns, in the opposite order in every other round. Each cell is
 the median, with the lowest and the highest. A ratio is the median of the rounds' ratios, which is
 not the ratio of the medians. A row of several figures has their medians; the second table has the
-rest. At the end it says where the README has another ratio: a fifth more or less is chance.
+rest. At the end it says where that page has another ratio: a fifth more or less is chance.
 
 No simulated call takes time or fails, all databases exist before, and Logfire is hidden: the tests
 install it, agent.py does not need it, and Pydantic AI imports it wherever it is. What is measured:
@@ -24,9 +24,9 @@ install it, agent.py does not need it, and Pydantic AI imports it wherever it is
   every 0.1 s, and research() looks every 0.05 s for the end, and most of the time is these waits.
   "DBOSAgent" has the same model, instructions and tools, and is awaited without a queue, as its
   documentation shows; "DBOSAgent, queued" goes through such a queue.
-- Peak memory is that of the process. The batch of 1,000 is `agent.py -`, measured once.
+- Peak memory is that of the process. The batch of 1,000 is `recipes.many`, measured once.
 - Database is by how much the file, or the Postgres database, grows with a warm run.
-- Runs a second are those of 1, 2 and 4 workers (`agent.py --worker`) that share a queue, or of as
+- Runs a second are those of 1, 2 and 4 workers (`recipes.worker`) that share a queue, or of as
   many processes that serve such a queue with DBOSAgent. For both, another process enqueues the
   batch in the same way. The time is from there to the end of the last step.
 - LangGraph is the script below, on its SQLite checkpointer in every case. Its model, tools and
@@ -84,6 +84,7 @@ OTHERS = [
     ("warm run, s", "DBOSAgent, queued", 3, "warm:queued warm"),
     ("warm run, s", "not durable", 3, "warm:not durable warm"),
     ("resume after SIGKILL, s", "imports", 2, "resume:imports"),
+    ("a batch of 1,000, s", "DBOSAgent", 1, "batch:DBOSAgent batch"),
     ("peak memory of a batch of 1,000, MiB", "imports", 0, "batch MiB:imports MiB"),
     ("peak memory of a batch of 1,000, MiB", "DBOSAgent", 0, "batch MiB:DBOSAgent batch MiB"),
     ("peak memory of a run, MiB", "LangGraph", 0, "first MiB:LangGraph first MiB"),
@@ -190,39 +191,38 @@ def prepare(kind: str) -> Callable[[str], Any]:
     import agent
     import config
     import tools
+    from recipes import worker
 
     settings = config.load_settings()
-    tools.progress.show = "nothing"
-    executor = agent.Executor(settings, settings.queue)  # which creates the database
+    tools.output.show = "nothing"
+    executor = agent.Executor(settings)  # which creates the database
 
     def ours(name: str) -> None:
-        request = settings.request(name)
-        run_id = config.derive_run_id(request)
-        outcomes = agent.research(executor, {run_id: request}, lambda _: None)
-        assert agent.succeeded(outcomes[run_id])
+        assert agent.research(executor, executor.request(name)).report.company_name == name
 
     if kind == "agent.py":
         return ours
     plain = Agent(
         FunctionModel(tools.offline_script, model_name="offline"),
-        name=agent.AGENT_NAME,
-        instructions=tools.INSTRUCTIONS,
+        name=config.AGENT_NAME,
+        instructions=tools.BRIEF.instructions,
         output_type=tools.ResearchReport,
-        tools=tools.TOOLS,
+        tools=tools.BRIEF.tools,
     )
     runner = asyncio.Runner()
     if kind == "not durable":
-        return lambda name: runner.run(plain.run(settings.request(name).prompt))
+        return lambda name: runner.run(plain.run(executor.request(name).prompt))
     durable: DBOSAgent[None, tools.ResearchReport] = DBOSAgent(plain)
     options = DBOSConfig(name=config.APP_NAME, application_version=config.APP_VERSION)
     options |= {"executor_id": f"{os.getpid()}", "log_level": "WARNING"}
     DBOS(config={**options, "system_database_url": os.environ["DBOS_SYSTEM_DATABASE_URL"]})
     DBOS.launch()
-    queue = DBOS.register_queue(settings.queue, worker_concurrency=10, polling_interval_sec=0.1)
+    shared = worker.make_executor(settings).queue
+    queue = DBOS.register_queue(shared, worker_concurrency=10, polling_interval_sec=0.1)
 
     async def alone(name: str) -> None:
-        request = settings.request(name)
-        with SetWorkflowID(config.derive_run_id(request)):
+        request = executor.request(name)
+        with SetWorkflowID(request.run_id):
             if kind == "DBOSAgent":
                 await durable.run(request.prompt)
             else:
@@ -237,26 +237,27 @@ def do_batch(size: str, workers: str) -> None:
     """Enqueue batches until so many workers take part; print the next one's runs a second."""
     import agent
     import config
+    from recipes import many, worker
 
-    settings = config.load_settings()
-    executor = agent.Executor(settings, settings.queue)  # not launched: it only enqueues
+    executor = worker.make_executor(config.load_settings())  # not launched: it only enqueues
     seen: set[str | None] = set()
     while True:
         warm, began = len(seen) >= int(workers), time.time()
-        asked = [settings.request(f"Company {os.getpid()} {began} {n}") for n in range(int(size))]
-        batch = {config.derive_run_id(request): request for request in asked}
-        agent.enqueue(executor, batch)
-        runs = [*executor.look(batch).values()]
-        while any(map(agent.is_open, runs)):
+        asked = [executor.request(f"Company {os.getpid()} {began} {n}") for n in range(int(size))]
+        batch = many.Batch(executor, asked)
+        for request in asked:
+            request.enqueue(executor.client, executor.queue)
+        while any(run.status in agent.OPEN for run in batch.look(batch.requests).values()):
             time.sleep(0.1)
-            runs = [*executor.look(batch).values()]
-        assert all(map(agent.succeeded, runs))
+        runs = batch.look(batch.requests).values()
+        assert all(run.status == "SUCCESS" for run in runs)
         seen |= {run.executor_id for run in runs}
         if warm:
             break
-    steps = [step for run_id in batch for step in executor.client.list_workflow_steps(run_id)]
+    look = executor.client.list_workflow_steps
+    steps = [step for run_id in batch.requests for step in look(run_id)]
     # On SQLite, DBOS may store the ends of runs in whole seconds, but not those of steps.
-    print(len(batch) / (max(step["completed_at_epoch_ms"] or 0 for step in steps) / 1000 - began))
+    print(len(asked) / (max(step["completed_at_epoch_ms"] or 0 for step in steps) / 1000 - began))
 
 
 # ---------------------------------------------------------------- processes and databases
@@ -329,6 +330,7 @@ def open_place(postgres: str | None) -> Iterator[Place]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         for file in (*MODULES, "tests/benchmark.py"):
             shutil.copy(PROJECT / file, folder)
+        shutil.copytree(PROJECT / "recipes", folder / "recipes")
         (folder / "peer.py").write_text(LANGGRAPH)
         (folder / "logfire.py").write_text("raise ImportError")  # as if it were not installed
         if postgres == "":
@@ -416,7 +418,7 @@ def measure_runs(place: Place, figures: Figures, peers: bool) -> None:
 
 def measure_batches(place: Place, figures: Figures) -> None:
     """Measure runs a second of workers that share a queue, and the memory of a big batch."""
-    sides = {"ours": ("agent.py", "--worker"), "plain": ("benchmark.py", "--runs", "worker")}
+    sides = {"ours": ("-m", "recipes.worker"), "plain": ("benchmark.py", "--runs", "worker")}
     for count in (1, 2, 4):
         workers = [place.start(side, *sides[side]) for side in sides for _ in range(count)]
         for number in range(BATCHES):
@@ -427,9 +429,12 @@ def measure_batches(place: Place, figures: Figures) -> None:
     names = place.folder / "names"
     names.write_text("\n".join(f"One of many {n}" for n in range(1000)))
     with names.open() as stdin:
-        figures["batch MiB"].append(place.run("ours", "agent.py", "-", stdin=stdin)[1])
+        seconds, memory, _ = place.run("ours", "-m", "recipes.many", stdin=stdin)
+    figures["batch"].append(seconds)
+    figures["batch MiB"].append(memory)
     worker = place.start("plain", *sides["plain"])
-    place.run("plain", "benchmark.py", "--batch", "1000", "0")
+    told = place.run("plain", "benchmark.py", "--batch", "1000", "0")[2]
+    figures["DBOSAgent batch"].append(1000 / float(told))
     figures["DBOSAgent batch MiB"].append(place.kill([worker]))
 
 
@@ -479,7 +484,7 @@ def main() -> None:
         measure_runs(place, figures, options.peers and install_langgraph(place.folder))
         measure_batches(place, figures)
     print(f"It took {time.monotonic() - began:.0f} s.")
-    readme = (PROJECT / "README.md").read_text().splitlines()
+    page = (PROJECT / "recipes" / "README.md").read_text().splitlines()
     for rows in QUOTED, OTHERS:
         print("\n| | this project | baseline | ratio |", "|---|---|---|---|", sep="\n")
         for name, baseline, digits, keys in rows:
@@ -487,12 +492,12 @@ def main() -> None:
                 continue
             spread = rows is OTHERS or "/" not in name
             print(line := row(figures, name, baseline, digits, keys, spread))
-            for other in readme if rows is QUOTED and not place.postgres else []:
+            for other in page if rows is QUOTED and not place.postgres else []:
                 if other.startswith(f"| {name} |") and any(
                     not 0.8 < there / here < 1.25
                     for there, here in zip(read_ratios(other), read_ratios(line), strict=True)
                 ):
-                    differs.append(f"README.md has another ratio: {other}")
+                    differs.append(f"recipes/README.md has another ratio: {other}")
     print("", *differs, sep="\n")
 
 
