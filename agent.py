@@ -303,9 +303,11 @@ class RunFailed(ResearchError):  # noqa: N818 - it reads as what happened
 
 
 def is_over(executor: Executor, run: WorkflowStatus, tries: int) -> bool:
-    """Tell whether a run has ended, or has been lost again: then the reason is a lasting one."""
-    lost = run.workflow_id in executor.lost or not loop_lives()
-    return run.status not in OPEN or (tries > 1 and lost)
+    """Tell whether a run has ended, or cannot be brought to its end by this process."""
+    if executor.launched and not loop_lives():
+        return True
+    # Lost for the second time: then the reason is a lasting one.
+    return run.status not in OPEN or (tries > 1 and run.workflow_id in executor.lost)
 
 
 def loop_lives() -> bool:
@@ -334,6 +336,11 @@ def note_lost(executor: Executor, record: logging.LogRecord) -> bool:
     elif text.startswith("Error executing workflow "):
         run_id, _, text = text.removeprefix("Error executing workflow ").partition(": ")
     if run_id:
+        with suppress(*config.DATABASE_ERRORS):
+            # The error of a run that fails is logged, too, but after its end was stored.
+            run = executor.look(run_id)
+            if run and (run.status, run.executor_id) != ("PENDING", executor.id):
+                return True
         error = record.exc_info and record.exc_info[1]
         executor.lost[run_id] = describe(error) if error else text
     return True
@@ -506,7 +513,7 @@ def describe_end(executor: Executor, run: WorkflowStatus) -> str:
     cure = "Finished steps are stored. Run the same command to resume."
     if run.status in OPEN:
         reason = executor.lost.get(run.workflow_id, "a step has ended DBOS's event loop")
-        return f"DBOS has given the run up twice: {reason}\n{cure}"
+        return f"DBOS has given the run up: {reason}\n{cure}"
     if run.status != "ERROR":
         return f"the run was {run.status.lower().replace('_', ' ')}\n{cure}"
     if isinstance(run.error, ai_error.ModelContextWindowExceededError) or (
@@ -544,25 +551,36 @@ def print_wrapped(text: str, indent: int = 0) -> None:
 
 def main() -> int:
     """Run the command line; return its exit code."""
+    parser = make_parser("Research a company with an agent that survives being killed.")
+    parser.add_argument("--verbose", action="store_true", help="show DBOS's log and tracebacks")
+    options = parser.parse_args()
+    return run_command(lambda: research_company(options), options.verbose)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that `research_company()` reads; a command may add others."""
     parser = argparse.ArgumentParser(
-        description="Research a company with an agent that survives being killed.",
+        description=description,
         epilog="Exit codes: 0 finished; 1 the run failed, run again to resume; 2 bad usage, "
         "configuration or database; 130 interrupted by Ctrl-C.",
     )
     parser.add_argument("company", nargs="?", default="Quantum Compute Corp")
     parser.add_argument("--bucket", default="", help="any text: a new one is a new run")
     parser.add_argument("--crash", action="store_true", help="die by SIGKILL in the flaky tool")
-    parser.add_argument("--verbose", action="store_true", help="show DBOS's log and tracebacks")
-    options = parser.parse_args()
-    return run_command(lambda: research_company(options), options.verbose)
+    return parser
 
 
-def research_company(options: argparse.Namespace) -> int:
+def research_company(
+    options: argparse.Namespace,
+    brief: Brief = BRIEF,
+    build: Callable[[Settings, Brief], object] = build_agent,
+) -> int:
     """Bring the run of one company to its end, and print its report."""
     settings = config.load_settings()
     settings.service.crash = options.crash
-    executor = Executor(settings)
-    finished = research(executor, executor.request(options.company, options.bucket))
+    request = settings.request(brief, options.company, options.bucket)
+    executor = Executor(settings, brief, build)
+    finished = research(executor, request)
     print_report(finished.report)
     print_steps(finished.steps, finished.restored)
     if options.crash:

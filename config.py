@@ -156,6 +156,8 @@ class Settings:
 
     model: str
     database_url: URL
+    database_label: str
+    """The database as anybody may see it: without user and password."""
     tenant_id: str
     user_id: str
     cost_limit: float
@@ -175,14 +177,6 @@ class Settings:
             recipe=brief.recipe,
             question=brief.question,
         )
-
-    @property
-    def database_label(self) -> str:
-        """The database as anybody may see it: without user and password."""
-        url = self.database_url
-        if url.drivername == "sqlite":
-            return f"SQLite {Path(url.database or '').name}"
-        return f"Postgres {url.database} on {url.host or 'this machine'}"
 
 
 def load_settings() -> Settings:
@@ -208,9 +202,11 @@ def load_settings() -> Settings:
         else:  # a client would send a stray line end as well, and its error would quote the key
             os.environ[key] = _read(key)
     by_key = (model for key, model in MODEL_BY_KEY.items() if _read(key))
+    database_url, database_label = _database()
     return Settings(
         model=clean_text("MODEL", _read("MODEL") or next(by_key, "offline")),
-        database_url=_database_url(),
+        database_url=database_url,
+        database_label=database_label,
         tenant_id=clean_text("TENANT_ID", _read("TENANT_ID") or "local"),
         user_id=clean_text("USER_ID", _read("USER_ID") or "local"),
         cost_limit=_number("COST_LIMIT_USD", 1.0, highest=1_000_000),
@@ -235,7 +231,8 @@ def _number(key: str, default: float, *, highest: int) -> float:
     raise ResearchError(f"{key} is {_read(key)[:40]!r}: give a number from 0 to {highest}.")
 
 
-def _database_url() -> URL:
+def _database() -> tuple[URL, str]:
+    """Return the database's URL and its label."""
     key = "DBOS_SYSTEM_DATABASE_URL" if _read("DBOS_SYSTEM_DATABASE_URL") else "NEON_DATABASE_URL"
     with suppress(ArgumentError, ValueError):
         url = make_url(_read(key) or "sqlite:///research.sqlite")
@@ -247,11 +244,12 @@ def _database_url() -> URL:
         elif kind in ("postgresql", "postgres") and not {"password", "sslpassword"} & {*url.query}:
             # Neon's dialog offers the address of its pooler, which cannot hold a lock (see below).
             # The server's own address is the same, without "-pooler".
-            if re.search(r"\.neon\.(tech|build)$", url.host or ""):
-                url = url.set(host=(url.host or "").replace("-pooler.", ".", 1))
+            host = re.sub(r"-pooler(\..+\.neon\.(tech|build))$", r"\1", url.host or "")
+            direct = "" if host == (url.host or "") else ", the direct address of that pooler"
+            label = f"Postgres {url.database} on {host or 'this machine'}{direct}"
             # A server that does not answer is given up soon. DBOS tries twice, and every address.
             query = {"connect_timeout": "3", **url.query, "client_encoding": "utf8"}
-            return url.set(drivername="postgresql+psycopg", query=query)
+            return url.set(drivername="postgresql+psycopg", host=host or None, query=query), label
         elif kind == "sqlite" and not url.query:
             # Relative to this file: relative to the current directory, a rerun from elsewhere would
             # find an empty database, and start over. Without links: the lock goes by the path.
@@ -260,7 +258,8 @@ def _database_url() -> URL:
                 raise ResearchError(
                     f"{key}: there is no folder {path.parent}. Create or correct it."
                 )
-            return URL.create("sqlite", database=str(path), query={"timeout": "30"})
+            url = URL.create("sqlite", database=str(path), query={"timeout": "30"})
+            return url, f"SQLite {path.name}"
     raise ResearchError(  # without quoting the URL, which may hold a password
         f"{key} is not a usable database URL. Percent-encode special characters in it:\n"
         "postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:////absolute/path.sqlite"
@@ -564,6 +563,8 @@ class FileLocks:
         return {}
 
     def is_dead(self, executor_id: str) -> bool:  # noqa: D102
+        if not Path(self._lock(executor_id).lock_file).exists():
+            return True
         if executor_id in self.held or not self.take(executor_id):
             return False
         self.free(executor_id)

@@ -458,8 +458,9 @@ async def offline_script(messages: list[ai.ModelMessage], info: AgentInfo) -> ai
     if missing := [tool.name for tool in info.function_tools if tool.name not in facts]:
         calls = [ai.ToolCallPart(name, {"company_name": company}) for name in missing]
         return ai.ModelResponse(parts=calls)
-    overview: CompanyOverview = facts["fetch_company_overview"]
-    metrics: FinancialMetrics = facts["fetch_financial_metrics"]
+    # By their types, because a tool of yours may have another name.
+    overview = next(fact for fact in facts.values() if isinstance(fact, CompanyOverview))
+    metrics = next(fact for fact in facts.values() if isinstance(fact, FinancialMetrics))
     report = ResearchReport(
         **metrics.model_dump(),
         industry=overview.industry,

@@ -33,6 +33,7 @@ gate. Each of the first ones has a "before" and an "after":
 """
 
 import asyncio
+import functools
 import importlib
 import itertools
 import os
@@ -52,6 +53,7 @@ from dbos import DBOS
 from dbos._sys_db import SystemDatabase
 from pydantic_ai import messages as ai
 from pydantic_ai.models.function import AgentInfo
+from variants import break_app
 
 import agent
 import config
@@ -232,7 +234,9 @@ def main(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if patches.pop("unprivileged", None) and os.getuid() == 0:
         os.setuid(65534)  # root may write everything
-    recipe = patches.pop("recipe", None)
+    if variant := patches.pop("variant", None):
+        break_app(variant)
+    recipe, build = patches.pop("recipe", None), patches.pop("build", None)
     cast(dict[str, Any], agent.MODEL_STEP).update(patches)
     listen_to_model()
     listen_to_database()
@@ -242,5 +246,7 @@ def main(
     sys.argv = [recipe or "agent.py", *arguments]
     if recipe:
         main = importlib.import_module(f"recipes.{recipe}").main
+        if build:  # agents can be combined: one recipe's, built as another one does it
+            main = functools.partial(main, importlib.import_module(f"recipes.{build}").build)
         sys.exit(agent.run_command(main))
     sys.exit(agent.main())

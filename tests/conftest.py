@@ -106,6 +106,7 @@ class App:
     database_url: str
     processes: list[Process] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    patches: dict[str, Any] = field(default_factory=dict)
 
     def start(
         self, *arguments: str, recipe: str = "", patches: Any = None, **environment: str
@@ -125,7 +126,12 @@ class App:
         }
         process = FORKSERVER.Process(
             target=child.main,
-            args=(list(arguments), settings, str(output), {**(patches or {}), "recipe": recipe}),
+            args=(
+                list(arguments),
+                settings,
+                str(output),
+                {**self.patches, **(patches or {}), "recipe": recipe},
+            ),
         )
         process.start()
         self.processes.append(Process(process, output))
@@ -205,12 +211,17 @@ def pytest_configure() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Print what the crash matrix measured, and fail if the README says otherwise."""
+    """Print what the kill tests measured, and fail if the README says otherwise."""
     if hasattr(session.config, "workerinput"):
         return
     folder = Path(os.environ["CRASH_TALLY"])
     tallies = [json.loads(path.read_text()) for path in folder.iterdir()]
     shutil.rmtree(folder)
+    variants = [tally for tally in tallies if "variant" in tally]
+    missed = {tally["variant"] for tally in variants if not tally["caught"]}
+    number = len({tally["variant"] for tally in variants})
+    broken = f"{number - len(missed)} of {number} broken variants caught"
+    tallies = [tally for tally in tallies if "variant" not in tally]
     points = [tally for tally in tallies if "random" not in tally["point"]]
     at_random = [tally for tally in tallies if "random" in tally["point"]]
     matrix = f"{len({tally['point'] for tally in points})} kill points, {summary_of(points)}"
@@ -218,10 +229,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         print(f"\n{matrix}")
     if at_random:
         print(f"random kills, CRASH_SEED={CRASH_SEED}: {summary_of(at_random)}")
+    if variants:
+        print(broken)
     whole = session.config.args == session.config.getini("testpaths")
     if whole and not session.config.option.keyword:
         readme = " ".join((PROJECT / "README.md").read_text().replace("> ", "").split())
-        if matrix not in readme:
+        if matrix not in readme or broken not in readme:
             print("README.md states other figures than these.")
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -66,6 +66,7 @@ class Provider(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: list[str] = []
         self.requests: list[dict[str, Any]] = []
+        self.custom: dict[str, Any] = {}
         self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -106,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             self.drop()
         elif word in BROKEN:
             self.send_text(BROKEN[word])
+        elif word == "custom":
+            self.answer(self.server.custom)
         elif word == "filter":
             self.answer(completion({"role": "assistant", "content": None}, "content_filter"))
         elif word == "malformed arguments":

@@ -1,7 +1,7 @@
 """What the command prints and leaves behind, and how it ends when something is wrong."""
 
+import json
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -10,15 +10,17 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import filelock
 import pytest
 from conftest import PROJECT, App
-from wcwidth import wcswidth
+from dbos import WorkflowStatus
+from provider import REPORT, Provider, tool_calls
 
 import agent
 import config
-from config import ResearchRequest, derive_run_id
+import tools
 
 NAMES = [
     "Acme",
@@ -31,20 +33,20 @@ NAMES = [
 ]
 """Wide letters, combining marks, letters from right to left, and an invisible joiner."""
 
-ACME = ResearchRequest("local", "local", "Acme", "offline")
+ACME = config.ResearchRequest(
+    "local",
+    "local",
+    "Acme",
+    "offline",
+    told=config.digest_of(tools.BRIEF.told),
+    question=tools.BRIEF.question,
+)
 INTERRUPTED = "\nInterrupted: what finished is stored. Run the same command to resume.\n"
 
 
 def words(text: str) -> str:
     """Return a text without its line breaks."""
     return " ".join(text.split())
-
-
-def columns(text: str) -> int:
-    """Return how many columns of a terminal a line takes."""
-    width = wcswidth(text)
-    assert width >= 0, f"a control character in {text!r}"
-    return width
 
 
 def copy_the_code(folder: Path) -> Path:
@@ -70,8 +72,8 @@ def one_error(app: App, *arguments: str, **environment: str) -> str:
         ([""], "the company's name has 0 characters"),
         (["x" * 101], "the company's name has 101 characters"),
         (["bell\a"], "contains the control character U+0007"),
-        (["Acme", "--run-id", ""], "the run ID has 0 characters"),
-        (["Acme", "--run-id", "x" * 101], "the run ID has 101 characters"),
+        (["\ue000"], "contains U+E000, which this Python does not know"),
+        (["\u0378"], "contains U+0378, which this Python does not know"),
         (["Acme", "--bucket", "x" * 101], "the bucket has 101 characters"),
     ],
 )
@@ -148,7 +150,7 @@ def test_verbose_shows_the_log_and_tracebacks_and_otherwise_there_is_neither(
 def test_a_quiet_success_writes_nothing_to_stderr_and_fits_80_columns(app: App) -> None:
     run = app.run("A company with quite a long name, which is here to fill the line, Incorporated")
     assert run.stderr == ""
-    assert max(columns(line) for line in run.stdout.splitlines()) <= 80
+    assert max(len(line) for line in run.stdout.splitlines()) <= 80
     assert "\x1b" not in run.stdout
 
 
@@ -158,8 +160,7 @@ def test_the_first_line_says_what_runs_where_in_which_process_and_that_the_model
     run = app.run("Acme")
     database = "SQLite research.sqlite" if "sqlite" in app.database_url else "Postgres migrated on"
     assert words(run.stdout).startswith(
-        f"Run {derive_run_id(ACME)}: new. Process {run.pid}. Model: offline, a script"
-        f" (for a real one, see .env.example). Database: {database}"
+        f"Run {ACME.run_id}: new. Process {run.pid}. Model: offline, a script. Database: {database}"
     )
 
 
@@ -183,7 +184,7 @@ def test_the_last_line_says_what_checkpoints_saved(sqlite_app: App) -> None:
 
 
 @pytest.mark.parametrize("point", ["inside 1", "after effect 3"])
-def test_who_waits_for_a_live_process_says_so_and_does_not_claim_its_work(
+def test_who_waits_for_a_live_process_says_for_whom_and_does_not_claim_its_work(
     app: App, point: str
 ) -> None:
     first = app.start("Acme", WAIT_AT=point)
@@ -195,39 +196,40 @@ def test_who_waits_for_a_live_process_says_so_and_does_not_claim_its_work(
     told = words(second.stdout)
     assert f":{first.pid}:" in executor
     assert (
-        f"being executed by {executor}. This process waits for it and executes nothing."
-        f" Process {second.pid}. Model: offline"
+        f"being executed by {executor}. Process {second.pid} waits for it and executes nothing;"
+        " every 15 seconds it says so."
     ) in told
     assert "  step " not in second.stdout
-    assert second.stdout.splitlines()[-1] == "Saved by checkpoints: nothing"
-    assert second.stdout.count("ran in another process\n") == 4
+    assert second.stdout.count("restored\n") == 4
 
 
 def test_who_waits_prints_a_sign_of_life_every_15_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = SimpleNamespace(now=1000)
-    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    line = agent.StatusLine("Run mine: ", ".")
+    clock = SimpleNamespace(now=1000.0)
+    passing = SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda _: None)
+    monkeypatch.setattr(agent, "time", passing)
+    executor = SimpleNamespace(locks=SimpleNamespace(rest=lambda: None), id="me:1:00000000")
+    waiting = agent.Waiting(cast(agent.Executor, executor))
     printed = {}
     for second in range(60):
-        clock.now = 1000 + second
-        line.show("new" if second < 20 else "executed by another process")
+        clock.now = 1000.0 + second
+        whom = "host:2:00000000" if second < 20 else "host:3:00000000"
+        run = SimpleNamespace(status="PENDING", workflow_id="mine", executor_id=whom)
+        waiting.for_run(cast(WorkflowStatus, run))
         if told := capsys.readouterr().out:
-            printed[second] = told
-    life = "  not finished yet\n"
+            printed[second] = words(told)[:40]
+    life = "still waiting"
     assert printed == {
-        0: "Run mine: new.\n",
+        0: "Run mine: being executed by host:2:00000",
         16: life,
-        20: "Run mine: executed by another process.\n",
+        20: "Run mine: being executed by host:3:00000",
         36: life,
         52: life,
     }
 
 
-def test_a_failed_attempt_says_how_long_it_waits_and_that_all_fail_is_rare(
-    sqlite_app: App, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_attempt_says_how_long_it_waits(sqlite_app: App) -> None:
     failed = sqlite_app.run("Acme", DEMO_FAILURE_RATE="1")
     waits = re.findall(r"failed with \w+: [^;]+; again in (\d+\.\d) s", words(failed.stdout))
     attempts = failed.stdout.count("fetch_financial_metrics calls the service")
@@ -235,54 +237,57 @@ def test_a_failed_attempt_says_how_long_it_waits_and_that_all_fail_is_rare(
     [line] = sqlite_app.ledger("waits fetch_financial_metrics")
     rounded = 0.05 * len(waits)
     assert sum(map(float, waits)) == pytest.approx(float(line.split()[-1]), abs=rounded)
-    monkeypatch.setattr(config, "PROJECT", sqlite_app.folder)
-    monkeypatch.delenv("DEMO_FAILURE_RATE", raising=False)
-    assert config.load_settings().failure_rate ** attempts < 1 / 1000
 
 
 def test_the_lines_of_failed_attempts_fit_80_columns(sqlite_app: App) -> None:
     failed = sqlite_app.run("Acme", DEMO_FAILURE_RATE="1")
-    assert [line for line in failed.stdout.splitlines() if columns(line) > 80] == []
-
-
-def test_the_table_of_many_runs_is_aligned_whatever_their_names_are_written_in(
-    sqlite_app: App,
-) -> None:
-    failed = sqlite_app.run(*NAMES, OUTAGE="1")
-    finished = sqlite_app.run(*NAMES)
-    for process, state in ((failed, "failed"), (finished, "finished")):
-        table = process.stdout[process.stdout.index("company  ") :].splitlines()
-        rows = [found for line in table if (found := re.match(rf"(.*\d\.\d)  {state}", line))]
-        ends = {columns(row[1]) for row in rows} | {columns(table[0].removesuffix("  state"))}
-        assert len(rows) == len(NAMES)
-        assert len(ends) == 1, "the column ends where its heading ends"
-        for row, name in zip(rows, NAMES, strict=True):
-            assert row[1].startswith(name[:15])
-        commands = [line for line in table if "resume it: " in line]
-        for line in set(process.stdout.splitlines()) - set(commands):
-            assert columns(line) <= 80
-        # To be copied, so neither folded nor cut.
-        assert [shlex.split(line)[-1] for line in commands] == NAMES * (state == "failed")
+    assert [line for line in failed.stdout.splitlines() if len(line) > 80] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_report_and_the_steps_are_aligned_whatever_the_name_is_written_in(
-    sqlite_app: App, name: str
-) -> None:
+def test_a_name_is_printed_whatever_it_is_written_in(sqlite_app: App, name: str) -> None:
     run = sqlite_app.run(name)
-    assert all(columns(line) <= 80 for line in run.stdout.splitlines())
-    _, report, steps = run.stdout.split("\n\n")
+    assert run.wait() == 0, run.stderr
+    _, report, _ = run.stdout.split("\n\n")
     for line in report.splitlines():
         assert re.fullmatch("[a-z_]* *", line[:24])
         assert line[24:25] != " "
     assert name.replace(" ", "") in re.sub(r"\s", "", report)
-    heading, *rows, _saved = steps.splitlines()
-    places = [re.search(what, heading) for what in ("this time", "attempts", "seconds")]
-    expected = [place and place.span()[number > 0] for number, place in enumerate(places)]
-    for row in rows:
-        found = re.match(r"(((.* )ran +\d+) +\d+\.\d)", row)
-        assert found
-        assert [columns(found[group]) for group in (3, 2, 1)] == expected
+
+
+def test_what_a_model_has_written_is_shown_and_not_sent_to_the_terminal(
+    app: App, provider: Provider
+) -> None:
+    report = {**REPORT, "summary": "\x1b]0;renamed\x07 \u202eback"}
+    provider.script = ["both tools", "custom"]
+    provider.custom = tool_calls(("final_result", json.dumps(report)))
+    run = app.run("Acme", **provider.environment)
+    assert run.wait() == 0, run.stderr
+    assert "\\x1b]0;renamed\\x07 \\u202eback" in run.stdout
+    assert "\x1b" not in run.stdout
+
+
+def test_a_report_that_cannot_be_written_is_an_error_and_the_run_has_finished(
+    tmp_path: Path,
+) -> None:
+    environment = {
+        "DBOS_SYSTEM_DATABASE_URL": f"sqlite:///{tmp_path / 'research.sqlite'}",
+        "DEMO_BILL": str(tmp_path / "service.log"),
+        "DEMO_LATENCY": "0",
+    }
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, PROJECT / "agent.py", "Acme"],
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 2
+    problem, cure = run.stderr.splitlines()
+    assert problem.startswith("error: standard output cannot be written: ")
+    assert cure == "The run has finished. Run the same command to print its report."
 
 
 @pytest.mark.parametrize("name", [*NAMES, "Zürich Ångström"])
@@ -290,7 +295,7 @@ def test_a_name_is_the_same_run_in_every_unicode_form(name: str) -> None:
     """Their compatibility forms are equal to their canonical ones, which not all names' are."""
     forms = [unicodedata.normalize(form, name) for form in ("NFC", "NFD", "NFKC", "NFKD")]
     requests = [replace(ACME, company=form) for form in [name, *forms]]
-    assert len({derive_run_id(request) for request in requests}) == 1
+    assert len({request.run_id for request in requests}) == 1
 
 
 def test_the_same_name_from_another_keyboard_replays_the_run(sqlite_app: App) -> None:
@@ -412,36 +417,30 @@ def test_a_reader_that_goes_away_does_not_fail_the_run(tmp_path: Path) -> None:
 def test_only_its_owner_can_read_the_sqlite_database_and_what_lies_beside_it(
     sqlite_app: App,
 ) -> None:
-    """Killed in the middle of a transaction, so that SQLite's journal is there as well."""
     folder = sqlite_app.folder
     environment = {
         "HOME": str(folder),
         "LEDGER": str(folder / "ledger"),
         "DBOS_SYSTEM_DATABASE_URL": sqlite_app.database_url,
-        "KILL_AT": "after insert Acme",
+        "KILL_AT": "after effect 3",
     }
     code = f"import child; child.main(['Acme'], {environment}, {str(folder / 'output')!r}, {{}})"
     run = subprocess.run([sys.executable, "-c", code], umask=0, check=False)
     assert run.returncode == -signal.SIGKILL
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.glob("research.sqlite*")}
-    assert modes == {
-        "research.sqlite": 0o600,
-        "research.sqlite-journal": 0o600,
-        "research.sqlite.locks": 0o700,
-    }
+    assert modes == {"research.sqlite": 0o600, "research.sqlite.locks": 0o700}
 
 
 def test_dead_processes_leave_no_locks_once_another_one_executes(sqlite_app: App) -> None:
     sqlite_app.run("Finished")
     sqlite_app.run("Failed", OUTAGE="1")
     sqlite_app.run("Killed", KILL_AT="before commit 3")
-    sqlite_app.run("Killed", "Too", KILL_AT="before outcome SUCCESS")
     locks = sqlite_app.folder / "research.sqlite.locks"
     assert list(locks.iterdir()) != []
     for count, name in enumerate(("Live", "Live too"), start=1):
         sqlite_app.start(name, WAIT_AT="after effect 3")
         sqlite_app.until("waiting after effect 3", times=count)
-        assert len(list(locks.iterdir())) == count
+        assert len(list(locks.iterdir())) == 2 * count, "its own, and its run's"
     for path in locks.iterdir():
         with pytest.raises(filelock.Timeout):
             filelock.FileLock(path).acquire(blocking=False)
@@ -453,7 +452,6 @@ def test_no_queue_is_left_of_runs_that_have_finished(app: App) -> None:
     first = app.start("Taken over", WAIT_AT="after effect 3")
     app.until("waiting after effect 3")
     second = app.start("Taken over").until_prints("being executed by")
-    assert len(app.rows("SELECT name FROM {dbos}queues")) == 3
     first.signal(signal.SIGKILL)
     assert [second.wait(), app.run("Killed").wait(), app.run("Failed").wait()] == [0, 0, 0]
     assert app.rows("SELECT name FROM {dbos}queues") == []
@@ -464,7 +462,6 @@ def test_a_queue_that_a_killed_process_left_is_gone_once_another_one_executes(
     app: App, killed_at: str
 ) -> None:
     app.run("Acme", KILL_AT=killed_at)
-    app.run("Acme", "Globex")
+    assert len(app.rows("SELECT name FROM {dbos}queues")) == 1
     assert app.run("Initech").wait() == 0
-    assert app.statuses() == {"SUCCESS": 3}
-    assert app.rows("SELECT name FROM {dbos}queues WHERE name NOT LIKE 'research:%'") == []
+    assert app.rows("SELECT name FROM {dbos}queues") == []

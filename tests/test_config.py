@@ -1,10 +1,10 @@
 """Settings, requests and run IDs."""
 
-import io
 import os
 import re
 import subprocess
 import sys
+import threading
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,8 @@ import pytest
 
 import config
 import tools
-from agent import read_requests
-from config import ResearchError, ResearchRequest, clean_text, derive_run_id, load_settings
+from config import ResearchRequest, clean_text, load_settings
+from tools import BRIEF, Brief, ResearchError
 
 KEYS = {
     "MODEL",
@@ -27,9 +27,22 @@ KEYS = {
     "USER_ID",
     "DEMO_FAILURE_RATE",
     "DEMO_LATENCY",
+    "DEMO_IDEMPOTENT",
+    "DEMO_BILL",
     "COST_LIMIT_USD",
 }
-REQUEST = ResearchRequest("local", "local", "Acme", "offline")
+REQUEST = ResearchRequest(
+    "local",
+    "local",
+    "Acme",
+    "offline",
+    told=config.digest_of(BRIEF.told),
+    question=BRIEF.question,
+)
+
+
+def derive_run_id(request: ResearchRequest) -> str:
+    return request.run_id
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +59,9 @@ def test_without_any_setting_it_runs_offline_on_sqlite_beside_the_code(tmp_path:
     assert settings.model == "offline"
     assert settings.database_url.database == str(tmp_path / "research.sqlite")
     assert (settings.tenant_id, settings.user_id) == ("local", "local")
-    assert (settings.failure_rate, settings.latency) == (0.5, 1.0)
+    assert (settings.service.failure_rate, settings.service.latency) == (0.5, 1.0)
+    assert settings.service.bill == tmp_path / "service.log"
+    assert settings.service.idempotent
 
 
 @pytest.mark.parametrize(
@@ -87,7 +102,14 @@ def test_the_example_holds_exactly_the_keys_that_are_read() -> None:
     example = (Path(config.__file__).parent / ".env.example").read_text()
     assert set(re.findall(r"^(\w+)=", example, re.MULTILINE)) == KEYS
     source = Path(config.__file__).read_text()
-    assert set(re.findall(r'"([A-Z_]+(?:KEY|URL|ID|RATE|LATENCY|USD)|MODEL)"', source)) == KEYS
+    assert (
+        set(
+            re.findall(
+                r'"([A-Z_]+(?:_KEY|_URL|_ID|_RATE|_LATENCY|_USD|_IDEMPOTENT|_BILL)|MODEL)"', source
+            )
+        )
+        == KEYS
+    )
 
 
 def test_the_example_as_it_stands_changes_nothing(tmp_path: Path) -> None:
@@ -185,13 +207,17 @@ def test_every_usual_spelling_of_a_postgres_url_is_taken(scheme: str) -> None:
     os.environ["NEON_DATABASE_URL"] = f"{scheme}://me:secret@host/db?sslmode=require"
     settings = load_settings()
     assert settings.database_url.drivername == "postgresql+psycopg"
-    assert settings.database_url.query == {"connect_timeout": "3", "sslmode": "require"}
+    assert settings.database_url.query == {
+        "connect_timeout": "3",
+        "sslmode": "require",
+        "client_encoding": "utf8",
+    }
     assert settings.database_label == "Postgres db on host"
     assert "secret" not in repr(settings)
 
 
 def test_a_run_id_is_readable_and_does_not_change_from_release_to_release() -> None:
-    assert derive_run_id(REQUEST) == "research-acme-67fc7338029ffc85"
+    assert derive_run_id(REQUEST) == "research-acme-63097a0b1aa08510"
 
 
 @pytest.mark.parametrize("same", ["ACME", " acme ", "Acme\u00a0", "\tAcme"])
@@ -228,21 +254,42 @@ def test_every_part_of_the_request_counts_and_none_runs_into_the_next() -> None:
 def test_whoever_changes_the_instructions_or_a_tool_asks_another_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = derive_run_id(REQUEST)
+    def run_id(brief: Brief) -> str:
+        return load_settings().request(brief, "Acme").run_id
 
     async def other_tool(company_name: str) -> None:
         """Look up something else."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tools, "INSTRUCTIONS", tools.INSTRUCTIONS + " Be brief.")
-        assert derive_run_id(REQUEST) != before
-    with monkeypatch.context() as patch:
-        patch.setattr(tools, "TOOLS", [*tools.TOOLS, other_tool])
-        assert derive_run_id(REQUEST) != before
+    before = run_id(BRIEF)
+    assert run_id(replace(BRIEF, instructions=BRIEF.instructions + " Be brief.")) != before
+    assert run_id(replace(BRIEF, tools=[*BRIEF.tools, other_tool])) != before
+    assert run_id(replace(BRIEF, question="Is {company} for sale?")) != before
     with monkeypatch.context() as patch:
         patch.setattr(tools.fetch_company_overview, "__doc__", "Look up what a company does.")
-        assert derive_run_id(REQUEST) != before
-    assert derive_run_id(REQUEST) == before
+        assert run_id(BRIEF) != before
+    assert run_id(BRIEF) == before == REQUEST.run_id
+
+
+def test_neons_pooled_host_is_replaced_by_the_direct_one_and_others_are_not() -> None:
+    pooled = "postgresql://me:secret@ep-cool-1-pooler.eu-1.aws.neon.tech/neondb?sslmode=require"
+    os.environ["NEON_DATABASE_URL"] = pooled
+    settings = load_settings()
+    assert settings.database_url.host == "ep-cool-1.eu-1.aws.neon.tech"
+    assert "direct" in settings.database_label
+    os.environ["NEON_DATABASE_URL"] = pooled.replace("neon.tech", "example.com")
+    assert load_settings().database_url.host == "ep-cool-1-pooler.eu-1.aws.neon.tech".replace(
+        "neon.tech", "example.com"
+    )
+    os.environ["NEON_DATABASE_URL"] = pooled.replace("-pooler", "")
+    assert "direct" not in load_settings().database_label
+
+
+def test_the_env_file_is_read_once_so_it_may_be_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".env")
+    writer = threading.Thread(target=(tmp_path / ".env").write_text, args=("TENANT_ID=piped\n",))
+    writer.start()
+    assert load_settings().tenant_id == "piped"
+    writer.join()
 
 
 def test_a_name_without_latin_letters_has_an_id_too() -> None:
@@ -254,8 +301,9 @@ def test_a_name_without_latin_letters_has_an_id_too() -> None:
 
 def test_the_run_id_is_the_same_in_another_process_with_another_hash_seed() -> None:
     code = (
-        "from config import ResearchRequest as R, derive_run_id\n"
-        "print(derive_run_id(R('local', 'local', 'Acme', 'offline')))"
+        "import config, tools\n"
+        "settings = config.load_settings()\n"
+        "print(settings.request(tools.BRIEF, 'Acme').run_id)"
     )
     folder = Path(config.__file__).parent
     for seed in ("1", "2"):
@@ -291,38 +339,3 @@ def test_unfit_text_is_refused(text: str, told: str) -> None:
 def test_fit_text_loses_its_stray_spaces_only() -> None:
     assert clean_text("it", "  Nestlé   S.A. ") == "Nestlé S.A."
     assert clean_text("it", "ab\u200cc") == "ab\u200cc"
-
-
-@pytest.mark.parametrize(
-    ("data", "told"),
-    [
-        (b"", "there is no company on standard input"),
-        (b"# none\n\n", "there is no company on standard input"),
-        (
-            b"Acme\nGlobex\n\xff\n",
-            "line 3: the company's name contains the control character U\\+DCFF",
-        ),
-        (
-            b"Acme\n\n" + b"x" * 101,
-            "line 3: the company's name has 101 characters: give it 1 to 100",
-        ),
-        (b"Acme\nbe\x07ll", "line 2: the company's name contains the control character U\\+0007"),
-    ],
-)
-def test_standard_input_that_is_unfit_is_an_error_that_names_the_line(
-    monkeypatch: pytest.MonkeyPatch, data: bytes, told: str
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-    with pytest.raises(ResearchError, match=told):
-        read_requests(load_settings(), ["-"], "")
-
-
-def test_doubled_names_blank_lines_and_comments_are_skipped(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    lines = "\ufeffAcme\r\n\n  # a comment\n aCME \nGlobex"
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    settings = load_settings()
-    requests = read_requests(settings, ["-"], "Q4")
-    assert [request.company for request in requests.values()] == ["Acme", "Globex"]
-    assert next(iter(requests)) == derive_run_id(settings.request("Acme", "Q4"))

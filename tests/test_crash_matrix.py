@@ -16,6 +16,7 @@ import pytest
 from conftest import CRASH_SEED, App, Process
 
 STEPS = (1, 2, 3, 4)
+TOOLS = ["fetch_company_overview", "fetch_financial_metrics"]
 READY = ["before register", "after register"]
 """Points of a process that makes ready to execute runs, which it does before it stores any work."""
 LAUNCH = ["before launch", "after launch", "before dequeue", "after dequeue"]
@@ -99,13 +100,17 @@ def judge(app: App, point: str, last: Process, executed: Sequence[int] = STEPS) 
     }
     Path(os.environ["CRASH_TALLY"], uuid.uuid4().hex).write_text(json.dumps(tally))
     assert finished
-    assert app.repeated() == []
+    assert app.repeated() == [], f"these ran again: {' '.join(app.repeated())}"
     effects = Counter(line.split()[-1] for line in app.ledger("effect"))
     assert max(effects.values()) <= 1 + kills
     keys = {key for key in effects if key.rpartition(":")[0] == run_id}
     assert keys == {f"{run_id}:{step}" for step in executed}, "one idempotency key for each step"
     rows = app.rows(f"SELECT function_id FROM {{dbos}}operation_outputs {where} ORDER BY 1")
     assert rows == [(step,) for step in STEPS]
+    bill = (app.folder / "service.log").read_text().splitlines()
+    billed = [line.split(":")[1] for line in bill if line.endswith(" billed")]
+    if executed == STEPS:
+        assert sorted(billed) == TOOLS, "each lookup is billed once"
     assert report_of(last) == UNDISTURBED
 
 

@@ -19,13 +19,14 @@ from conftest import App, Process, start_postgres, wait_for
 from relay import AnyQueue, Pooler, Relay
 from sqlalchemy import make_url
 from test_adversity import pg_ctl, start_on_tcp
-from test_promise import report_of
+from test_crash_matrix import report_of
 
-import agent
 import config
+import tools
+from recipes import worker
 
-LOCKS = {"relock": 0, "look": 0.1}
-"""The server has just been started, and no process was there before that."""
+LOCKS = {"patience": 1, "look": 0.1}
+"""Take over from a process of this machine that exists, but whose lock is free, after a second."""
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def settings_for(url: str) -> config.Settings:
     return config.Settings(
         model="offline",
         database_url=make_url(url).set(drivername="postgresql+psycopg"),
+        database_label="Postgres",
         tenant_id="local",
         user_id="local",
-        failure_rate=0,
-        latency=0,
         cost_limit=1,
+        service=tools.SimulatedService(),
     )
 
 
@@ -72,8 +73,11 @@ def everything(app: App) -> dict[str, list[tuple[Any, ...]]]:
 def assert_refused(app: App, url: str) -> None:
     """Assert that no command works by way of this URL, and that none changes anything."""
     before = everything(app)
-    commands = (["Acme"], ["Acme", "Globex"], ["--list"], ["--worker"])
-    for process in [app.start(*command, DBOS_SYSTEM_DATABASE_URL=url) for command in commands]:
+    for process in [
+        app.start("Acme", DBOS_SYSTEM_DATABASE_URL=url),
+        app.start("Acme", "Globex", recipe="many", DBOS_SYSTEM_DATABASE_URL=url),
+        app.start(recipe="worker", DBOS_SYSTEM_DATABASE_URL=url),
+    ]:
         assert process.wait() == 2, process.stdout
         problem, cure = process.stderr.splitlines()
         assert "transaction mode" in problem
@@ -136,7 +140,7 @@ def test_such_a_pooler_is_always_recognized(
 ) -> None:
     with Pooler(app.database_url, size, idle).serve() as pooler, other_clients(pooler.url, busy):
         for _ in range(20):
-            with pytest.raises(config.ResearchError, match="transaction mode"):
+            with pytest.raises(tools.ResearchError, match="transaction mode"):
                 config.open_database(settings_for(pooler.url))
 
 
@@ -192,9 +196,9 @@ def test_everything_works_behind_a_pgbouncer_in_session_mode(app: App) -> None:
         assert "resumes after 2 finished steps" in " ".join(second.stdout.split())
         assert app.repeated() == []
         assert "finished earlier" in app.run("Acme").stdout
-        batch = app.run("Acme", "Globex", "Initech")
+        batch = app.run("Acme", "Globex", "Initech", recipe="many")
         assert batch.wait() == 0, batch.stderr
-        assert app.run("--list").stdout.count(": finished, 4 finished steps") == 3
+        assert app.statuses() == {"SUCCESS": 3}
 
 
 # ---------------------------------------------------------------- a network that falls silent
@@ -206,10 +210,10 @@ def relay(app: App) -> Iterator[Relay]:
         yield relay
 
 
-def start_behind(relay: Relay, app: App, *arguments: str) -> Process:
+def start_behind(relay: Relay, app: App, *arguments: str, recipe: str = "") -> Process:
     """Start the command behind the relay. It waits when step 3 has had its effect."""
     environment = {"DBOS_SYSTEM_DATABASE_URL": relay.url, "WAIT_AT": "after effect 3"}
-    return app.start(*arguments, patches=LOCKS, **environment)
+    return app.start(*arguments, recipe=recipe, patches=LOCKS, **environment)
 
 
 def test_a_process_that_the_server_believes_dead_comes_back_and_gets_the_report_of_another(
@@ -229,7 +233,7 @@ def test_a_process_that_the_server_believes_dead_comes_back_and_gets_the_report_
     relay.come_back()
     assert first.wait() == 0, first.stdout + first.stderr
     assert first.stderr == ""
-    assert report_of(first.stdout) == report_of(second.stdout)
+    assert report_of(first) == report_of(second)
     assert everything(app)["operation_outputs"] == before["operation_outputs"]
     assert app.repeated() == []
     effects = [line.split(":")[-1] for line in app.ledger("effect")]
@@ -245,24 +249,24 @@ def test_nothing_is_lost_when_the_network_is_silent_for_a_moment(app: App, relay
     app.until("try commit 3")
     relay.come_back()
     assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
-    assert report_of(first.stdout) == report_of(second.stdout)
-    assert "  step " not in second.stdout, "it waited all the time"
+    assert report_of(first) == report_of(second)
+    assert ": asks the model" not in second.stdout, "it waited all the time"
     assert len(app.ledger("effect")) == 4
 
 
 def enqueue(app: App, *companies: str) -> None:
     """Leave runs in the queue for the worker, by a process that executes none."""
-    settings = settings_for(app.database_url)
-    requests = [settings.request(company) for company in companies]
-    executor = agent.Executor(settings, settings.queue)
-    agent.enqueue(executor, {config.derive_run_id(request): request for request in requests})
+    executor = worker.make_executor(settings_for(app.database_url))
+    for company in companies:
+        executor.request(company).enqueue(executor.client, executor.queue)
     executor.client.destroy()
+    executor.locks.rest()  # which closes the connections
 
 
 def test_a_worker_goes_on_after_a_silence_and_after_it_was_believed_dead(
     app: App, relay: Relay
 ) -> None:
-    worker = start_behind(relay, app, "--worker").until_prints("serves the queue")
+    first = start_behind(relay, app, recipe="worker").until_prints("serves the queue")
     enqueue(app, "Acme", "Globex")
     app.until("waiting after effect 3")
     relay.fall_silent()
@@ -277,7 +281,7 @@ def test_a_worker_goes_on_after_a_silence_and_after_it_was_believed_dead(
     app.until_effects(8 + 6)
     relay.fall_silent()
     relay.cut()
-    other = app.start("--worker", patches=LOCKS)
+    other = app.start(recipe="worker", patches=LOCKS)
     wait_for(lambda: app.statuses() == {"SUCCESS": 4}, "the end of the next two")
     other.signal(signal.SIGKILL)
     other.wait()
@@ -286,9 +290,9 @@ def test_a_worker_goes_on_after_a_silence_and_after_it_was_believed_dead(
 
     enqueue(app, "Hooli", "Wonka")
     wait_for(lambda: app.statuses() == {"SUCCESS": 6}, "the end of the last two")
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0, worker.stderr
-    assert worker.stderr == ""
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 0, first.stderr
+    assert first.stderr == ""
     assert app.repeated() == []
     assert len(app.ledger("effect")) == 8 + 10 + 8, "only the two steps in flight ran twice"
 
@@ -297,10 +301,10 @@ def test_a_worker_that_is_asked_to_stop_ends_in_time_though_the_network_is_silen
     app: App, relay: Relay
 ) -> None:
     patches = {**LOCKS, "grace": 1}
-    worker = app.start("--worker", patches=patches, DBOS_SYSTEM_DATABASE_URL=relay.url)
+    server = app.start(recipe="worker", patches=patches, DBOS_SYSTEM_DATABASE_URL=relay.url)
     app.until("done look")
     relay.fall_silent()
     wait_for(lambda: len(app.ledger("try look")) > len(app.ledger("done look")), "a look")
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0, worker.stderr
-    assert worker.stderr == ""
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 0, server.stderr
+    assert server.stderr == ""

@@ -5,7 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from conftest import App, wait_for
+from conftest import App
 
 from config import APP_VERSION
 
@@ -80,18 +80,63 @@ def test_the_step_in_flight_runs_twice_with_one_idempotency_key(app: App) -> Non
     assert effects[0].endswith(":3")
 
 
-def test_crash_kills_after_the_reliable_tools_checkpoint_and_a_rerun_recovers(app: App) -> None:
+def bill(app: App) -> list[str]:
+    """Return what the service has noted: the tool of each lookup, and what became of it."""
+    lines = (app.folder / "service.log").read_text().splitlines()
+    return [f"{key.split(':')[1]} {did}" for key, _, did in (x.partition(" ") for x in lines)]
+
+
+def test_crash_kills_after_the_service_has_acted_and_its_record_answers_the_rerun(app: App) -> None:
     crashed = app.run("Acme", "--crash")
     assert crashed.wait() == -signal.SIGKILL
-    assert "this process now kills itself" in crashed.stdout
+    assert "the service has acted, and nothing is stored yet" in crashed.stdout
     names = app.rows("SELECT function_name FROM {dbos}operation_outputs ORDER BY function_id")
     assert names[-1] == ("fetch_company_overview",)
+    assert bill(app) == ["fetch_company_overview billed", "fetch_financial_metrics billed"]
     again = app.run("Acme")
     assert again.wait() == 0
-    assert len(app.ledger("effect overview")) == 1
+    assert "answers from its record" in again.stdout
+    assert bill(app)[2:] == ["fetch_financial_metrics answered from the record"]
     late = app.run("Acme", "--crash")
     assert late.wait() == 0
     assert "--crash found nothing to kill" in late.stdout
+
+
+def test_a_service_that_ignores_keys_bills_the_step_that_ran_twice_twice(app: App) -> None:
+    assert app.run("Acme", "--crash", DEMO_IDEMPOTENT="0").wait() == -signal.SIGKILL
+    assert app.run("Acme", DEMO_IDEMPOTENT="0").wait() == 0
+    assert bill(app).count("fetch_financial_metrics billed") == 2
+    assert bill(app).count("fetch_company_overview billed") == 1
+
+
+def test_the_bill_stays_when_the_database_is_deleted(sqlite_app: App) -> None:
+    assert sqlite_app.run("Acme").wait() == 0
+    (sqlite_app.folder / "research.sqlite").unlink()
+    again = sqlite_app.run("Acme")
+    assert ": new." in again.stdout
+    assert again.stdout.count("the service knows this key") == 2
+    assert [line.split()[1] for line in bill(sqlite_app)] == ["billed"] * 2 + ["answered"] * 2
+
+
+def test_everybody_sees_acme_fail_once_and_then_succeed_at_the_default_rate(app: App) -> None:
+    run = app.run("Acme", DEMO_FAILURE_RATE="0.5")
+    assert run.wait() == 0
+    failed = [line for line in run.stdout.splitlines() if "failed with" in line]
+    assert failed == [
+        "  step 3: failed with ConnectionResetError: simulated outage; again in 0.5 s"
+    ]
+
+
+@pytest.mark.parametrize("raised", ["CancelledError", "SystemExit"])
+def test_a_tool_that_raises_what_dbos_does_not_store_ends_the_command_and_not_the_run(
+    app: App, raised: str
+) -> None:
+    failed = app.run("Acme", RAISE=raised)
+    assert failed.wait() == 1, failed.stdout + failed.stderr
+    assert failed.stderr.startswith("error: DBOS has given the run up: ")
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert app.repeated() == []
 
 
 def test_a_failed_run_says_what_failed_and_goes_on_from_the_failed_step(app: App) -> None:
@@ -106,7 +151,7 @@ def test_a_failed_run_says_what_failed_and_goes_on_from_the_failed_step(app: App
     before = app.ledger("effect")
     again = app.run("Acme")
     assert again.wait() == 0, again.stderr
-    assert "failed at step 3" in again.stdout
+    assert "resumes at step 3" in " ".join(again.stdout.split())
     assert [line.split()[1] for line in app.ledger("effect")[len(before) :]] == [
         "financials",
         "model",
@@ -208,36 +253,33 @@ def test_a_run_of_another_version_is_refused_at_once_with_both_versions(app: App
     assert "finished earlier" in app.run("Acme").stdout
 
 
-def test_an_id_that_holds_another_request_is_refused(app: App) -> None:
-    assert app.run("Acme", "--run-id", "mine").wait() == 0
-    refused = app.run("Globex", "--run-id", "mine")
-    assert refused.wait() == 2
-    assert refused.stderr.startswith("error: run mine is stored for another request: Acme, offline")
-    assert app.run("  aCME ", "--run-id", "mine").wait() == 0
-
-
-def test_another_request_for_a_live_run_is_refused_at_once(app: App) -> None:
-    live = app.start("Acme", "--run-id", "mine", WAIT_AT="after effect 3")
-    app.until("waiting after effect 3")
-    refused = app.run("Globex", "--run-id", "mine")
-    assert refused.wait() == 2
-    assert "stored for another request" in refused.stderr
-    app.open_gate()
-    assert live.wait() == 0
-
-
-def test_another_bucket_is_another_run_and_the_list_shows_both(app: App) -> None:
-    empty = app.run("--list")
-    assert empty.stdout == "No runs are stored in this database.\n"
+def test_another_bucket_is_another_run(app: App) -> None:
     assert app.run("Acme").wait() == 0
-    assert app.run("Acme", "--bucket", "2026-Q4", KILL_AT="before commit 3").wait() < 0
-    # Postgres needs a moment to notice that the process is dead.
-    told = "Acme, 2026-Q4: interrupted, 2 finished steps"
-    wait_for(lambda: told in app.run("--list").stdout, "the interrupted run")
-    listed = app.run("--list").stdout.splitlines()
-    assert len(listed) == 4
-    assert "Acme: finished, 4 finished steps" in listed[2]
-    assert all(len(line) <= 80 for line in listed)
+    assert app.run("Acme", "--bucket", "2026-Q4").wait() == 0
+    assert app.statuses() == {"SUCCESS": 2}
+
+
+def test_a_waiting_process_resumes_what_has_failed_or_was_cancelled_while_it_waited(
+    app: App,
+) -> None:
+    first = app.start("Acme", OUTAGE="1", WAIT_AT="inside 3")
+    app.until("waiting inside 3")
+    second = app.start("Acme").until_prints("executes nothing")
+    app.open_gate()
+    assert first.wait() == 1
+    assert second.wait() == 0, second.stderr
+    assert app.repeated() == []
+    told = second.stdout
+    assert told.count("restored") == 2, "what the first has finished was restored to the second"
+    assert "Saved by checkpoints: model requests 1" in told
+
+
+def test_a_run_of_another_workflow_under_our_id_is_refused(app: App) -> None:
+    app.run("Acme", KILL_AT="before commit 3")
+    app.rows("UPDATE {dbos}workflow_status SET name = 'theirs'")
+    refused = app.run("Acme")
+    assert refused.wait() == 2
+    assert "is one of another workflow, theirs" in refused.stderr
 
 
 def test_a_run_starts_on_a_database_that_does_not_exist_yet(app_without_database: App) -> None:

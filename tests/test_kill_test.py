@@ -1,0 +1,166 @@
+"""The kill test for everybody: it lets a sound command pass, and catches broken ones."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+from sqlalchemy import make_url
+
+# A program of three steps. It sleeps where a kill shows whether it is broken, so that most kills,
+# which come at random moments, come there.
+JOB = """
+import os, sqlite3, sys, time, uuid
+from pathlib import Path
+import sqlalchemy
+from dbos import DBOS, SetWorkflowID
+
+url, effects, lives, broken = (os.environ[name] for name in ["STORE", "EFFECTS", "LIVES", "BROKEN"])
+engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+outputs = "operation_outputs" if url.startswith("sqlite") else "dbos.operation_outputs"
+if url.startswith("sqlite") and sqlite3.sqlite_version_info < (3, 42):  # dbos needs it
+    listen = sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+    listen(lambda new, _: new.create_function("unixepoch", 1, lambda _: round(time.time(), 3)))
+
+def note(path, line):
+    with Path(path).open("a") as file:
+        file.write(line + "\\n")
+
+def act(name, pause=0.0):
+    key = f"{DBOS.workflow_id}:{name}"
+    if broken == "its key changes with each attempt":
+        key += uuid.uuid4().hex
+    known = Path(effects).exists() and f"{key} done" in Path(effects).read_text()
+    if broken == "its service ignores keys":
+        known = False
+    note(effects, f"{key} answered from the record" if known else f"{key} done")
+    time.sleep(pause)
+
+def first():
+    act("first")
+
+if broken != "its first step is none":
+    first = DBOS.step()(first)
+
+@DBOS.step()
+def second():
+    act("second", 1.5)
+
+@DBOS.step()
+def third():
+    act("third", 1.5)
+
+@DBOS.workflow()
+def work():
+    first()
+    second()
+    third()
+
+note(lives, "start")
+begun = Path(effects).exists()
+if begun and broken == "it deletes a checkpoint when it resumes":
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text(f"DELETE FROM {outputs} WHERE function_id = 1"))
+if begun and broken == "it does not resume":
+    sys.exit("it has begun already")
+DBOS(config={"name": "job", "system_database_url": url, "application_version": "1"})
+DBOS.launch()
+with SetWorkflowID(uuid.uuid4().hex if broken == "its run ID is random" else "job"):
+    DBOS.start_workflow(work).get_result(polling_interval_sec=0.1)
+note(lives, "end")
+os._exit(0)  # DBOS.destroy() would wait
+"""
+
+
+def kill(kills: int, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run the recipe."""
+    return subprocess.run(
+        [sys.executable, "-m", "recipes.kill_test", "--kills", str(kills), *words],
+        cwd=PROJECT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def kill_job(tmp_path: Path, kills: int, broken: str, *words: str) -> tuple[int, str]:
+    """Run it on the program; return its exit code and what it printed."""
+    job = tmp_path / "job.py"
+    job.write_text(JOB)
+    variables = ["--database-variable", "STORE", "--bill-variable", "EFFECTS"]
+    done = kill(
+        kills,
+        *variables,
+        *words,
+        "--",
+        sys.executable,
+        str(job),
+        LIVES=str(tmp_path / "lives"),
+        BROKEN=broken,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", ["SQLite", "PostgreSQL"])
+def test_a_sound_program_passes_and_the_numbers_are_measured(
+    kind: str, tmp_path: Path, postgres: str
+) -> None:
+    url = make_url(postgres).set(database="kill_test_{}").render_as_string(hide_password=False)
+    words = ["--database", url.replace("%7B", "{").replace("%7D", "}")]
+    code, printed = kill_job(tmp_path, 5, "", *(words if kind == "PostgreSQL" else []))
+    assert code == 0, printed
+    assert "3 keys act" in printed
+    kills, runs = map(int, re.findall(r"^(\d+) kills, (\d+) runs, 0 repeats$", printed, re.M)[0])
+    assert kills == 5
+    moments = re.findall(r"killed after ([\d., ]+) s", printed)
+    assert len(", ".join(moments).split(", ")) == kills
+    assert runs >= 2, "a run is killed three times at most"
+    lives = (tmp_path / "lives").read_text().split()
+    assert lives.count("end") == runs + 1, "the first one is undisturbed"
+    assert lives.count("start") <= kills + runs + 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        ("its first step is none", "job:first came again after a later key"),
+        ("its key changes with each attempt", "4 keys acted"),
+        ("its service ignores keys", " acted "),
+        ("it deletes a checkpoint when it resumes", "step 1 of run job had finished"),
+        ("its run ID is random", "it exits with 0, and leaves these unfinished"),
+        ("it does not resume", "it fails again and again, with exit code 1: it has begun already"),
+    ],
+)
+def test_a_broken_program_is_caught(broken: str, found: str, tmp_path: Path) -> None:
+    code, printed = kill_job(tmp_path, 8, broken)
+    assert code == 1, printed
+    assert found in printed
+
+
+def test_the_app_passes() -> None:
+    command = [sys.executable, str(PROJECT / "agent.py"), "Acme"]
+    done = kill(4, "--", *command, DEMO_LATENCY="0.5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 keys act" in done.stdout
+    assert re.search(r"^4 kills, \d+ runs, 0 repeats$", done.stdout, re.M)
+
+
+def test_a_copy_of_the_app_whose_tool_is_no_step_is_caught(tmp_path: Path) -> None:
+    for name in ("agent.py", "config.py", "tools.py"):
+        shutil.copy(PROJECT / name, tmp_path)
+    code = (tmp_path / "tools.py").read_text()
+    step = "@DBOS.step(timeout_seconds=30, preemptible=True)\n"
+    assert step in code
+    # Most of the time passes in the flaky tool after it has acted.
+    acted = "        payload = await service.financials(company_name, key)\n"
+    assert acted in code
+    code = code.replace(step, "").replace(acted, acted + "        await asyncio.sleep(4)\n")
+    (tmp_path / "tools.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "agent.py"), "Acme"]
+    done = kill(8, "--", *command, DEMO_LATENCY="0", DEMO_FAILURE_RATE="0")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "came again after a later key" in done.stdout
