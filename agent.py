@@ -5,18 +5,27 @@
     uv run agent.py "Acme"             # the same run resumes after its last checkpoint
 
 The promise: run the same command again, whatever happened, and the same run moves on to its end;
-a step that finished is never repeated.
+a step that finished is never repeated. (One exception: if the model gave no usable answer, its
+last answer is dropped, with the steps that followed it. A step that was cut off has not finished:
+it runs again from its start.)
 
 Read this file from the top. `build_agent()` makes an agent durable. `research()` brings a run to
-its end: it takes the run's lock, looks at what is stored, and calls `prepare()`, which puts the run
-into a queue. An `Executor` is this process, which takes the run from there and executes it. Then
-come details, what people see, and the command line.
+its end: it looks at what is stored, and lets `prepare()` put the run into a queue. An `Executor` is
+this process, in which DBOS takes the run from that queue and executes it. Then come details, what
+people see, and the command line.
 
 DBOS stores each run (a "workflow") and the result of each step (its "checkpoint"). A run is
 ENQUEUED until a process takes it from its queue, and then PENDING, even if that process has died.
-It ends as SUCCESS, ERROR or CANCELLED. Resuming a run puts it into a queue again; steps that have
-a checkpoint are not executed again. Rewinding a run deletes the checkpoints of one step and of all
-later ones, and then resumes it.
+It ends as SUCCESS, ERROR or CANCELLED, or as MAX_RECOVERY_ATTEMPTS_EXCEEDED. Resuming a run puts it
+into a queue again; steps that have a checkpoint are not executed again. Rewinding a run deletes the
+checkpoints from one step on, and then resumes it. DBOS may also give up a run without storing that
+it has ended: it stays PENDING, and we call it lost.
+
+There are two kinds of locks. They are kept beside the data, and free when their process is dead:
+- A run's lock: who holds it may put the run into a queue. `research()` takes it before it looks at
+  anything, and lets go of it when it returns or raises.
+- A process's lock, named by its executor ID: the process lives. It is taken before the launch of
+  DBOS, and held until the process dies.
 """
 
 import argparse
@@ -51,11 +60,12 @@ from tools import BRIEF, Brief, ResearchError, print_line
 
 # ---------------------------------------------------------------- 1. the durable agent
 
-# Passed to @DBOS.step, which knows more options than the StepConfig type.
+# Passed to @DBOS.step, which knows more options than the StepConfig type. Preemptible: when the run
+# is cancelled, a request in flight is stopped, too.
 MODEL_STEP = cast(StepConfig, {"timeout_seconds": 90, "preemptible": True, **config.MODEL_RETRIES})
 # One tool at a time, so that steps finish in the order of their numbers. Rewinding a failed run
-# deletes the failed step and every step with a higher number; with tools in parallel, one of those
-# could have finished.
+# deletes the failed step and every step with a higher number. With tools in parallel, a step with a
+# higher number could have finished.
 ONE_BY_ONE: Literal["sequential"] = "sequential"
 
 
@@ -65,9 +75,10 @@ def build_agent(
     """Build the durable agent, which registers its `run()` as a DBOS workflow.
 
     No line of this project calls `agent.run()`. DBOS does, on an event loop in a thread of its own,
-    when this process takes a run from its queue; and again, from the top, when the run is resumed.
-    Each model request is a step, which `DBOSAgent` sees to. A tool is one because of the
-    `@DBOS.step` above it, and only so: any other function would run again after each crash.
+    when it takes a run from the queue of this process; and again, from the top, when the run is
+    resumed. `DBOSAgent` makes each model request a step. A tool is a step because of the
+    `@DBOS.step` above it in tools.py, and for no other reason: any other function would run again
+    after each crash.
     """
     agent = Agent(
         config.build_model(settings, brief.stand_in),
@@ -94,33 +105,34 @@ def research(executor: "Executor", request: ResearchRequest) -> "Finished":
 
     | The run is… | This call… |
     |---|---|
-    | finished | returns the stored report: nothing is launched, nothing is written |
-    | in hand of a live process | waits and executes nothing; takes over if that process dies |
-    | failed, or cancelled, since this call prepared it | raises `RunFailed` |
+    | finished | returns the stored report: DBOS is not launched, and nothing is written |
+    | executed by this process | waits for its end |
+    | executed by another live process | waits; takes over if that process dies |
+    | failed, cancelled, or lost again, since this call prepared it | raises `RunFailed` |
     | anything else | lets `prepare()` put it into this process's queue: see there |
 
     Raises:
-        ResearchError: The run cannot go on here; the text says what to do.
+        ResearchError: The run cannot go on here; the text says what to do. `RunFailed` is one.
     """
     run_id, prepared, waiting = request.run_id, list[Prepared](), Waiting(executor)
-    # Who holds the lock of a run may put it into a queue. It is taken before anything is looked at,
-    # and kept until the run has ended. So a second process that is asked for the same run waits
-    # here, and then goes on by the same code: whatever the first has left, it finds below.
+    # A second process that is asked for the same run waits for the run's lock. When it gets it, it
+    # goes on by the same code: whatever the first process has left, the look below finds it.
     with waiting.for_lock(run_id):
         while True:
-            with waiting.out_an_outage():  # of the database
+            with waiting.while_the_database_is_away():  # then the loop looks again
                 run = executor.look(run_id)
                 if run and run.status == "SUCCESS":
                     steps = executor.client.list_workflow_steps(run_id)
                     break
+                # Another process may execute it without the run's lock: a worker, for example.
                 if run and executor.is_in_hand(run):
                     waiting.for_run(run)
-                elif run and prepared and is_over(executor, run, len(prepared)):
+                elif run and prepared and is_over(executor, run, tries=len(prepared)):
                     raise RunFailed(describe_end(executor, run))
                 else:
                     prepared.append(prepare(executor, request, run))
                     tell_found(executor, request, prepared[-1].found)
-                    executor.launch()
+                    executor.launch()  # now that the queue is there: see make_ready()
     report = executor.brief.read_report(run_id, run.output)
     if not prepared:
         tell_found(executor, request, "finished earlier, so its stored report is replayed")
@@ -134,14 +146,16 @@ OPEN = ("ENQUEUED", "PENDING")
 def prepare(
     executor: "Executor", request: ResearchRequest, run: WorkflowStatus | None
 ) -> "Prepared":
-    """Put a run that nobody has in hand into the executor's queue. Hold the run's lock for this.
+    """Put a run that no live process executes into this process's queue.
+
+    Call it only while you hold the run's lock.
 
     | The run is… | It is… |
     |---|---|
-    | not stored | enqueued: whoever serves the queue calls `agent.run(prompt)` |
-    | of another version, or its checkpoints no longer fit today's types | refused |
-    | failed | rewound to the failed step, or to the model's last answer, and resumed there |
-    | interrupted, cancelled, in another queue, or given up by DBOS | resumed |
+    | not stored | enqueued: DBOS takes it from the queue, and calls `agent.run(prompt)` |
+    | of another version, or its checkpoints do not fit today's types | refused |
+    | failed, or one of its steps has failed | rewound to where it failed, and resumed there |
+    | interrupted, cancelled, lost, in another queue, or given up by DBOS | resumed |
 
     Raises:
         ResearchError: The run is refused, or the model cannot be used.
@@ -157,11 +171,13 @@ def prepare(
     executor.brief.refuse_unreadable(run_id, steps)
     executor.make_ready()
     executor.lost.pop(run_id, None)
+    # From where a failed run must go on: the failed step, or the model's last answer if that could
+    # not be used, or the step after the last one if it failed between two steps.
     if failure := find_failure(run, steps):
-        # DBOS has stored the failure as the run's result: to resume it would only raise that again.
+        # The error is stored. If the run were resumed, DBOS would only raise it again.
         number, error = failure
-        if run.status in OPEN:  # it died before its end was stored: only an end can be rewound
-            client.cancel_workflow(run_id)
+        if run.status in OPEN:  # its process died before the end was stored
+            client.cancel_workflow(run_id)  # because DBOS rewinds only runs that have ended
         client.rewind_workflow(run_id, start_step=number, queue_name=queue)
         kept = [step for step in steps if step["function_id"] < number]
         return Prepared(f"failed ({describe(error)}), resumes at step {number}", kept)
@@ -190,17 +206,19 @@ class Executor:
             settings: From `load_settings()`.
             brief: What the model is told, and may do.
             build: Makes a durable agent of it. It is called once, before the first run.
-            queue: A queue that many processes share. By default this one has its own, so no other
-                process takes runs from it.
+            queue: A queue that many processes share, as workers do. By default this process has
+                its own, named like its ID, which is new in each process. If two processes took
+                runs from one queue, the one without the run's lock could execute it.
         """
         self.settings, self.brief, self.build = settings, brief, build
         self.id = config.make_executor_id()
         self.queue = queue or self.id
         self.client, self.locks = config.open_database(settings)
         self.starting = threading.RLock()  # two threads may call research() for the first time
-        self.ready = self.launched = False
+        self.agent: object = None
+        self.launched = False
         self.lost: dict[str, str] = {}
-        """Run ID to reason: runs that DBOS executes no more, although they are stored PENDING."""
+        """Run ID to reason: runs that DBOS has given up here, and that are still stored PENDING."""
 
     def request(self, company: str, bucket: str = "") -> ResearchRequest:
         """Ask for a report on a company; raise `ResearchError` for a name that is unfit."""
@@ -212,36 +230,41 @@ class Executor:
         return runs[0] if runs else None
 
     def is_in_hand(self, run: WorkflowStatus) -> bool:
-        """Tell whether a live process executes a run, or is about to take it from its queue.
+        """Tell whether a live process executes a run, or this one is about to.
 
-        The process's lock, named by its executor ID, says that it lives.
+        A run that waits in the queue of another process is not in hand: `prepare()` moves it.
         """
-        if run.status == "ENQUEUED" and self.launched and run.queue_name == self.queue:
-            return self.queue != self.id or self.client.retrieve_queue(self.queue) is not None
+        if run.status == "ENQUEUED" and run.queue_name == self.queue:
+            shared = self.queue != self.id  # which nobody deletes
+            return self.launched and (shared or self.has_queue())
         if run.status != "PENDING":
             return False
         if run.executor_id == self.id:
-            return self.launched and run.workflow_id not in self.lost and loop_lives()
+            return self.launched and loop_lives() and run.workflow_id not in self.lost
         return not self.locks.is_dead(f"{run.executor_id}")
+
+    def has_queue(self) -> bool:
+        """Tell whether the queue exists: who takes a process for dead deletes the queue of it."""
+        return self.client.retrieve_queue(self.queue) is not None
 
     def make_ready(self) -> None:
         """Do what must be done before a run is put into the queue.
 
         Raises:
-            ResearchError: The model cannot be used. Found here, that leaves no run behind.
+            ResearchError: There is no key, or no such model. No run is stored then. (A key that the
+                provider refuses is found by the first model request, and fails the run.)
         """
         with self.starting:
-            if not self.ready:
-                self.build(self.settings, self.brief)  # DBOS finds the workflow by its name
+            if self.agent is None:
+                self.agent = self.build(self.settings, self.brief)
                 tools.service = self.settings.service
-                # Held before the launch, and until this process dies: others must see that it
-                # lives when it takes a run.
-                self.engine_options = self.locks.show_that_this_process_lives(self.id)
+                # DBOS tells only its log that it has given up a run.
                 logging.getLogger("dbos").addFilter(lambda record: note_lost(self, record))
-                self.ready = True
-            # Before the launch, because DBOS looks for new queues only once a second. And later
-            # if need be: somebody may have taken this process for dead, and deleted its queue.
-            if self.client.retrieve_queue(self.queue) is None:
+            # The process's lock is taken before the launch: others must see that this process lives
+            # when it takes a run. On Postgres, DBOS's own connections hold it, by these options.
+            self.engine_options = self.locks.show_that_this_process_lives(self.id)
+            # DBOS looks for new queues when it is launched, and then only once a second.
+            if not self.has_queue():
                 self.client.register_queue(
                     self.queue, worker_concurrency=10, polling_interval_sec=0.1
                 )
@@ -262,12 +285,12 @@ class Executor:
                     "run_migrations": False,  # open_database() has done it
                 }
             )
-            # Without this, DBOS takes runs from every queue, and other processes take ours.
+            # A process that does not say so takes runs from every queue, also from ours.
             DBOS.listen_queues([self.queue])
             try:
                 DBOS.launch()
             except BaseException:
-                DBOS.destroy()  # or DBOS would take itself for launched when this is tried again
+                DBOS.destroy()  # or DBOS would believe that it is launched, at the next try
                 raise
             self.launched = True
             delete_queues_of_the_dead(self)
@@ -284,7 +307,7 @@ class Finished:
     report: Any
     steps: list[StepInfo]
     restored: list[StepInfo]
-    """Those whose results came from the database: they were not executed by this call."""
+    """Those that were stored when this call last put the run into the queue."""
 
 
 @dataclass(frozen=True)
@@ -413,7 +436,7 @@ class Waiting:
         """Hold the lock of a run, as soon as no other process or thread holds it."""
         taken = False
         while not taken:
-            with self.out_an_outage():
+            with self.while_the_database_is_away():
                 taken = self.executor.locks.take(run_id)
                 if not taken:
                     run = self.executor.look(run_id)
@@ -431,7 +454,7 @@ class Waiting:
             self._wait(run.workflow_id, run.executor_id)
 
     @contextmanager
-    def out_an_outage(self) -> Iterator[None]:
+    def while_the_database_is_away(self) -> Iterator[None]:
         """Wait after a database error that passes, such as a lost connection; raise any other."""
         try:
             yield

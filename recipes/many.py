@@ -99,7 +99,7 @@ def main() -> int:
     batch = Batch(executor, [executor.request(name, options.bucket) for name in names])
     help_others, told, looked = Worker(executor), "", 0.0
     while len(batch.outcomes) < len(batch.requests):
-        with help_others.waiting.out_an_outage():
+        with help_others.waiting.while_the_database_is_away():
             batch.step()
             if time.monotonic() > looked + worker.LOOK:
                 help_others.take_over()

@@ -51,7 +51,7 @@ async def take_over_for_ever(serving: Worker) -> None:
     """Resume what dead processes have begun: an earlier life of this service, or another one."""
 
     def look() -> None:
-        with serving.waiting.out_an_outage():
+        with serving.waiting.while_the_database_is_away():
             serving.take_over()
 
     try:
@@ -161,7 +161,7 @@ async def stream(run_id: str, seen: str) -> AsyncIterator[str]:
 
 def read(waiting: Waiting, run_id: str) -> tuple[str, list[StepInfo]] | None:
     """Return the status of a run and its finished steps; None while the database is away."""
-    with waiting.out_an_outage():
+    with waiting.while_the_database_is_away():
         # The run first: when it has ended, all its steps are stored.
         run = waiting.executor.look(run_id)
         steps = waiting.executor.client.list_workflow_steps(run_id)

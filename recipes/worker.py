@@ -131,7 +131,7 @@ def main() -> int:
         f" {settings.database_label}."
     )
     while not stopped.wait(LOOK):
-        with worker.waiting.out_an_outage():
+        with worker.waiting.while_the_database_is_away():
             worker.take_over()
     tools.print_line("Asked to stop: taking no more runs, and finishing what has begun.")
     worker.stop()

@@ -1,8 +1,10 @@
 """A model provider on this machine that misbehaves on purpose: OpenAI's chat API."""
 
 import json
+import re
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -46,6 +48,16 @@ BOTH_TOOLS = (
 )
 
 
+WRONG_NAME = ("functions.fetch_company_overview", json.dumps(COMPANY))
+"""Models sometimes write this, and the provider lets them."""
+
+
+def called(messages: list[dict[str, Any]]) -> list[str]:
+    """Return the names of the tools that the model has called in this history."""
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    return [call["function"]["name"] for call in calls]
+
+
 BROKEN = {
     "empty": "",
     "garbage": "{not json",
@@ -66,6 +78,8 @@ class Provider(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: list[str] = []
         self.requests: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        """When each request came, in seconds of a clock that nobody sets."""
         self.custom: dict[str, Any] = {}
         self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -95,9 +109,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body)
+        self.server.times.append(time.monotonic())
         word = self.server.script.pop(0) if self.server.script else "answer"
-        if word.isdigit():
-            self.fail(int(word))
+        status, _, wait = word.partition(" after ")  # "429 after 3": it asks to wait 3 seconds
+        if not all(re.fullmatch("[a-zA-Z0-9_-]+", name) for name in called(body["messages"])):
+            self.fail(400)  # as OpenAI does: the model's own answer is refused in the history
+        elif status.isdigit():
+            self.fail(int(status), wait=wait)
+        elif word == "too long":
+            self.fail(400, code="context_length_exceeded")
         elif word == "drop":
             self.drop()
         elif word == "hang":
@@ -107,6 +127,8 @@ class Handler(BaseHTTPRequestHandler):
             self.drop()
         elif word in BROKEN:
             self.send_text(BROKEN[word])
+        elif word == "wrong name":
+            self.answer(tool_calls(WRONG_NAME, BOTH_TOOLS[1]))
         elif word == "custom":
             self.answer(self.server.custom)
         elif word == "filter":
@@ -122,19 +144,23 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(tool_calls(*BOTH_TOOLS))
 
-    def fail(self, status: int) -> None:
+    def fail(self, status: int, *, wait: str = "", code: str = "") -> None:
         # Worse than real providers: it quotes the whole key.
         message = (
             f"failure {status} for {self.headers['Authorization'] or self.headers['x-api-key']}"
         )
-        error = {"message": message, "type": "error", "code": str(status)}
-        self.send_text(json.dumps({"error": error}), status)
+        error = {"message": message, "type": "error", "code": code or str(status)}
+        self.send_text(json.dumps({"error": error}), status, wait=wait)
 
     def answer(self, completion: dict[str, Any]) -> None:
         self.send_text(json.dumps(completion))
 
-    def send_text(self, text: str, status: int = 200, length: int | None = None) -> None:
+    def send_text(
+        self, text: str, status: int = 200, length: int | None = None, wait: str = ""
+    ) -> None:
         self.send_response(status)
+        if wait:
+            self.send_header("Retry-After", wait)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(length or len(text)))
         self.end_headers()

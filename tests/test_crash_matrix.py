@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CRASH_SEED, App, Process
@@ -58,6 +59,19 @@ RETRY = [*READY, "before rewind", "after rewind", *LAUNCH]
 UNSTORED = ["before cancel", "after cancel", *RETRY]
 """Points of the process that goes on with a run that died when step 3 had failed, but before the
 failure of the run was stored."""
+FORK = [
+    *READY,
+    "before fork",
+    "after fork",
+    *LAUNCH,
+    "after body 2",
+    "inside 3",
+    "after effect 3",
+    "before commit 3",
+    "after commit 4",
+    "before outcome SUCCESS",
+]
+"""Points of the process that forks a finished run from step 3."""
 TWO = [
     *(("new", point) for point in [*READY, "before enqueue", "after enqueue", "before dequeue"]),
     *(("interrupted", point) for point in [*READY, "before resume", "after resume", *LAUNCH]),
@@ -73,10 +87,10 @@ def report_of(process: Process) -> str:
     return process.stdout[process.stdout.index("company_name") : process.stdout.index("step  ")]
 
 
-def finish(app: App, *arguments: str) -> Process:
+def finish(app: App, *arguments: str, recipe: str = "") -> Process:
     """Run the same command until it exits with 0, as a person would."""
     for _ in range(5):
-        process = app.run(*arguments)
+        process = app.run(*arguments, recipe=recipe)
         if process.wait() == 0:
             return process
     raise AssertionError(process.stdout + process.stderr)
@@ -174,6 +188,28 @@ def test_a_run_killed_as_its_failure_is_stored_does_not_repeat_the_failure(
     assert again.wait() == 0, again.stderr
     assert "resumes at step 3" in " ".join(again.stdout.split())
     judge(app, f"failure, {point}", again)
+
+
+@pytest.mark.parametrize("point", FORK)
+def test_a_fork_killed_at_any_point_reaches_its_end_by_the_same_command(
+    app: App, point: str
+) -> None:
+    assert app.run("Acme").wait() == 0
+    before = rows_of_the_base(app)
+    killed = app.run("Acme", "3", recipe="from_step", KILL_AT=point)
+    assert killed.wait() == -signal.SIGKILL
+    last = finish(app, "Acme", "3", recipe="from_step")
+    judge(app, f"fork, {point}", last, executed=(3, 4))
+    assert rows_of_the_base(app) == before
+
+
+def rows_of_the_base(app: App) -> list[list[tuple[Any, ...]]]:
+    """Return everything that is stored of the run that is forked."""
+    # DBOS marks it. Marked already, not one byte of it may change.
+    app.rows("UPDATE {dbos}workflow_status SET was_forked_from = TRUE")
+    where = "WHERE workflow_uuid NOT LIKE '%-from-3'"
+    tables = ["workflow_status", "workflow_input", "workflow_output", "operation_outputs"]
+    return [app.rows(f"SELECT * FROM {{dbos}}{table} {where} ORDER BY 1, 2") for table in tables]
 
 
 @pytest.mark.parametrize(("left", "point"), TWO)

@@ -35,7 +35,8 @@ def tcp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = start_postgres(tmp_path_factory)
     server.stop()
     yield start_on_tcp(server)
-    pg_ctl(server, "stop", "-m", "immediate")
+    with contextlib.suppress(subprocess.CalledProcessError):  # it is down already
+        pg_ctl(server, "stop", "-m", "immediate")
 
 
 @pytest.fixture
