@@ -128,7 +128,7 @@ def research(executor: "Executor", request: ResearchRequest) -> "Finished":
                 if run and executor.is_in_hand(run):
                     waiting.for_run(run)
                 elif run and prepared and is_over(executor, run, tries=len(prepared)):
-                    raise RunFailed(describe_end(executor, run))
+                    raise failure_of(executor, run)
                 else:
                     prepared.append(prepare(executor, request, run))
                     tell_found(executor, request, prepared[-1].found)
@@ -531,6 +531,16 @@ def print_steps(steps: list[StepInfo], restored: list[StepInfo]) -> None:
     print_line(f"Saved by checkpoints: {saved if requests else 'nothing'}")
 
 
+def failure_of(executor: Executor, run: WorkflowStatus) -> ResearchError:
+    """Return the error that says how a run without a report has ended."""
+    failed = [
+        step for step in executor.client.list_workflow_steps(run.workflow_id) if step["error"]
+    ]
+    if isinstance(run.error, config.DATABASE_ERRORS) and not failed:
+        return config.database_error(executor.settings, run.error)  # DBOS could not store a step
+    return RunFailed(describe_end(executor, run))
+
+
 def describe_end(executor: Executor, run: WorkflowStatus) -> str:
     """Say how a run without a report has ended, and what to do."""
     cure = "Finished steps are stored. Run the same command to resume."
@@ -614,7 +624,11 @@ def research_company(
 
 
 def run_command(command: Callable[[], int], verbose: bool = False) -> int:
-    """Run a command as a person expects it: an error is a line or two, and Ctrl-C loses nothing."""
+    """Run a command as a person expects it: an error is a line or two, and Ctrl-C loses nothing.
+
+    Returns:
+        The command's exit code. After an error, this process ends here.
+    """
     signal.signal(signal.SIGINT, end_by_ctrl_c)
     if os.getpid() == 1:  # in a container, where the system would ignore SIGTERM
         signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
@@ -636,8 +650,9 @@ def run_command(command: Callable[[], int], verbose: bool = False) -> int:
     except (ResearchError, OSError) as error:
         if verbose:
             traceback.print_exc()
-        print(f"error: {tools.shown(str(error))}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
+        print(f"error: {tools.shown(str(error))}", file=sys.stderr, flush=True)
+        # Not returned: a thread of DBOS may wait for the database, for ever, and Python for it.
+        os._exit(getattr(error, "exit_code", 2))
 
 
 def end_by_ctrl_c(*_: object) -> None:

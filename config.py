@@ -130,11 +130,11 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
-def clean_text(what: str, text: str) -> str:
+def clean_text(what: str, text: str, longest: int = 100) -> str:
     """Return what somebody typed without stray spaces; raise `ResearchError` if it is unfit."""
     text = text.strip()
-    if not 0 < len(text) <= 100:
-        raise ResearchError(f"{what} has {len(text)} characters: give it 1 to 100.")
+    if not 0 < len(text) <= longest:
+        raise ResearchError(f"{what} has {len(text)} characters: give it 1 to {longest}.")
     for character in text:
         category, code = unicodedata.category(character), f"U+{ord(character):04X}"
         # Some languages need the joiners.

@@ -47,7 +47,9 @@ LEFT_ALONE = {
 def request_of(run: WorkflowStatus) -> ResearchRequest:
     """Return what was asked: a request with another ID than the run's if that is not our own."""
     request, step = worker.request_of(run), run.workflow_id.rpartition("-from-")[2]
-    return Fork(**vars(request), step=int(step)) if run.forked_from and step.isdecimal() else request
+    return (
+        Fork(**vars(request), step=int(step)) if run.forked_from and step.isdecimal() else request
+    )
 
 
 def command_of(executor: Executor, run: WorkflowStatus) -> str:
@@ -104,9 +106,7 @@ def find_question(executor: Executor, run: WorkflowStatus) -> str:
     return ""
 
 
-def describe_state(
-    executor: Executor, run: WorkflowStatus, living: set[str]
-) -> tuple[str, str]:
+def describe_state(executor: Executor, run: WorkflowStatus, living: set[str]) -> tuple[str, str]:
     """Return the state that a run is really in, and the command that moves it on, if any does."""
     command, reason = command_of(executor, run), why_left_alone(run, living)
     if run.status == "SUCCESS":
@@ -189,10 +189,52 @@ def delete_old(executor: Executor, days: float, statuses: list[str]) -> None:
         load_input=False,
         load_output=False,
     )
-    deleted = 0
-    for run in old:
-        run_id, final = run.workflow_id, run.status == "SUCCESS"
-        if final or executor.locks.take(run_id):
-            now = None if final else executor.look(run_id)
-            if final or (now and now.status in statuses):
+    count, ended = 0, [run.workflow_id for run in old if run.status == "SUCCESS"]
+    for start in range(0, len(ended), 200):  # nothing can happen to them any more
+        client.delete_workflows(ended[start : start + 200])
+    for run_id in {run.workflow_id for run in old} - set(ended):
+        if executor.locks.take(run_id):
+            run = executor.look(run_id)
+            if run and run.status in statuses:
                 client.delete_workflows([run_id])
+                count += 1
+            executor.locks.free(run_id)
+    print_line(f"Runs deleted: {len(ended) + count}.")
+    path = executor.settings.database_url.database
+    room = "Postgres uses the room again, after its autovacuum."
+    if executor.settings.database_url.drivername == "sqlite":
+        size = Path(f"{path}").stat().st_size / 1e6
+        room = f"{path} keeps its size, {size:.1f} MB, until VACUUM; new runs use the room again."
+    agent.print_wrapped(room)
+
+
+def main() -> int:
+    """List, finish or delete runs; return 1 if one that should finish has failed."""
+    parser = argparse.ArgumentParser(description="List, finish or delete the stored runs.")
+    add = parser.add_argument
+    add("--limit", type=int, default=50, metavar="N", help="list the N newest (50)")
+    add("--unfinished", action="store_true", help="bring them to their ends")
+    add("--delete-older-than", type=float, metavar="DAYS", help="delete what finished before")
+    add("--failed", action="store_true", help="delete what failed or was cancelled as well")
+    options = parser.parse_args()
+    days, output.show = options.delete_older_than, "nothing"
+    if options.unfinished + (days is not None) > 1 or (options.failed and days is None):
+        parser.error("--failed belongs to --delete-older-than, and --unfinished stands alone")
+    if options.limit < 1 or not 0 <= (days or 0) <= 36500:
+        parser.error("give a number of runs from 1 on, or of days from 0 to 36500")
+    settings = config.load_settings()
+    executor = worker.make_executor(settings)
+    try:
+        if options.unfinished:
+            return finish_unfinished(executor)
+        if days is None:
+            print_runs(executor, options.limit)
+        else:
+            delete_old(executor, days, ["SUCCESS", *(["ERROR", "CANCELLED"] * options.failed)])
+    except config.DATABASE_ERRORS as error:
+        raise config.database_error(settings, error) from error
+    return 0
+
+
+if __name__ == "__main__":  # it defines no step and no stored type, so it may run as `__main__`
+    sys.exit(agent.run_command(main))

@@ -4,6 +4,11 @@ Start as many as you like, on machines that share the code, the settings and the
 DBOS's queue hands each run to one process. What a process that has died had begun, a worker puts
 into the queue again within seconds. `recipes.many` and `recipes.service` fill the queue, and take
 part in the work.
+
+Traps:
+- Nobody holds the lock of a run while a worker executes it. That the worker lives is enough.
+- A run that DBOS has given up stays PENDING, and everybody would wait for the process that had it.
+- A tool that calls `sys.exit()` ends DBOS's event loop, and with it each worker that takes its run.
 """
 
 import os
@@ -19,7 +24,7 @@ from dbos import DBOS, WorkflowStatus
 import agent
 import config
 import tools
-from agent import Executor, RunFailed, Waiting
+from agent import Executor, Prepared, RunFailed, Waiting
 from config import ResearchRequest, Settings
 from tools import BRIEF, Brief, ResearchError
 
@@ -39,6 +44,7 @@ def make_executor(
     A run that is queued under other instructions, or for another model, is another question.
     """
     told = config.digest_of([*brief.told, config.APP_VERSION])
+    # With a slash there, it never looks like an executor ID: such queues are deleted.
     return Executor(settings, brief, build, queue=f"research/{settings.model}/{told[:8]}")
 
 
@@ -50,8 +56,10 @@ def request_of(run: WorkflowStatus) -> ResearchRequest:
     )
 
 
-def prepare(executor: Executor, run_id: str, request: ResearchRequest | None = None) -> bool:
-    """Put a run into the shared queue if nobody has it in hand; tell whether that was done.
+def prepare(
+    executor: Executor, run_id: str, request: ResearchRequest | None = None
+) -> Prepared | None:
+    """Put a run into the shared queue if nobody has it in hand; return None if somebody has.
 
     The run's lock is held for this moment only: then the queue decides who executes it. A run that
     is not stored is begun only if a request is given.
@@ -60,15 +68,13 @@ def prepare(executor: Executor, run_id: str, request: ResearchRequest | None = N
         ResearchError: The run cannot go on with this code.
     """
     if not executor.locks.take(run_id):
-        return False  # a command brings it to its end, or another worker prepares it
+        return None  # a command brings it to its end, or another worker prepares it
     try:
         run = executor.look(run_id)
         if run and (run.status == "SUCCESS" or executor.is_in_hand(run)):
-            return False
-        if run is None and request is None:  # it was deleted
-            return False
-        agent.prepare(executor, request or request_of(run), run)  # type: ignore[arg-type]
-        return True
+            return None
+        request = request_of(run) if run else request
+        return agent.prepare(executor, request, run) if request else None
     finally:
         executor.locks.free(run_id)
 
@@ -79,36 +85,55 @@ class Worker:
     def __init__(self, executor: Executor) -> None:
         """Serve the executor's queue, from now on."""
         self.executor, self.waiting = executor, Waiting(executor)
-        self.left_alone: dict[str, str] = {}
-        """Run ID to reason: runs that cannot go on here. They must not stop the others."""
-        self.tries: Counter[str] = Counter()
-        executor.make_ready()
-        executor.launch()
+        self.refused: set[str] = set()
+        """IDs of runs that cannot go on here: they must not stop the others."""
+        self.losses: Counter[str] = Counter()
+        while not executor.launched:
+            with self.waiting.while_the_database_is_away():
+                executor.make_ready()
+                executor.launch()
 
     def take_over(self) -> None:
-        """Put the runs of the queue that nobody executes any more into it again."""
+        """Put the runs of the queue that nobody executes any more into it again.
+
+        Raises:
+            RunFailed: This process cannot execute anything any more.
+        """
         if not agent.loop_lives():
             raise RunFailed("a step has ended DBOS's event loop: start this program again.")
-        begun = self.executor.client.list_workflows(
+        client, lost = self.executor.client, self.executor.lost
+        for run in client.list_workflows(
             status="PENDING", queue_name=self.executor.queue, load_input=False, load_output=False
-        )
-        for run in begun:
+        ):
             run_id = run.workflow_id
-            if run_id in self.left_alone or self.executor.is_in_hand(run):
+            if run_id in self.refused or self.executor.is_in_hand(run):
                 continue
-            reason = self.executor.lost.get(run_id)
+            self.losses[run_id] += run_id in lost
             try:
-                self.tries[run_id] += bool(reason)
-                if self.tries[run_id] > 1:
-                    raise RunFailed(f"DBOS has given it up twice: {reason}")
-                prepare(self.executor, run_id)
+                if self.losses[run_id] > 1:
+                    raise RunFailed(f"DBOS has given it up twice: {lost[run_id]}")
+                if prepared := prepare(self.executor, run_id):
+                    agent.print_wrapped(f"run {run_id}: {prepared.found}", indent=4)
             except ResearchError as error:
-                self.left_alone[run_id] = str(error)
                 agent.print_wrapped(f"run {run_id} is left alone: {error}", indent=4)
+                if run.executor_id == self.executor.id:
+                    # Everybody would wait for this process. What is cancelled can be resumed.
+                    self.losses[run_id] = 0
+                    lost.pop(run_id, None)
+                    client.cancel_workflow(run_id)
+                else:
+                    self.refused.add(run_id)
 
     def stop(self) -> None:
         """Finish what this process executes; what takes longer is taken over by others."""
         DBOS.destroy(workflow_completion_timeout_sec=GRACE)
+
+
+def end_in_time(code: int) -> None:
+    """End this process soon, whatever blocks: a step, or a wait for the database."""
+    timer = threading.Timer(GRACE + 1, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def main() -> int:
@@ -116,10 +141,7 @@ def main() -> int:
     stopped = threading.Event()
 
     def stop(*_: object) -> None:
-        # Whatever blocks, a step or a wait for the database, this process ends in time.
-        end = threading.Timer(GRACE + 1, os._exit, [0])
-        end.daemon = True
-        end.start()
+        end_in_time(0)
         stopped.set()
 
     signal.signal(signal.SIGTERM, stop)

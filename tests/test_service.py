@@ -167,10 +167,11 @@ def test_steps_that_a_rewind_dropped_are_sent_again(
         # A rewind drops finished steps where the model's answers could not be used.
         monkeypatch.setattr(config, "PROJECT", app.folder)
         monkeypatch.setenv("DBOS_SYSTEM_DATABASE_URL", app.database_url)
-        client, _ = config.open_database(config.load_settings())
+        client, locks = config.open_database(config.load_settings())
         [run] = client.list_workflows()
         client.rewind_workflow(run.workflow_id, start_step=3, queue_name=run.queue_name)
         client.destroy()
+        locks.rest()  # which closes its connections
         events = url + answer["events"]
         second = Browser(events).until_told_to_stop()
         assert second == [*stored_ids(app), "end"]
