@@ -72,7 +72,7 @@ def main() -> int:
     """Bring the fork of one company's run to its end, and print its report."""
     parser = agent.make_parser("Run a company's run again from one of its steps, as another run.")
     parser.add_argument("step", type=int, metavar="N", help="the number of the first one again")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # or no option could stand between the two
     settings = config.load_settings()
     settings.service.crash = options.crash
     request = settings.request(BRIEF, options.company, options.bucket)

@@ -118,10 +118,10 @@ def print_outcomes(batch: Batch) -> None:
     for run_id, request in batch.requests.items():
         outcome = batch.outcomes[run_id]
         agent.print_wrapped(f"{request.company[:38]:<40}{outcome}", indent=4)
-        if outcome != "finished":
+        if run_id in batch.begun and outcome != "finished":  # or it was refused
             words = [f"--bucket={request.bucket}"] if request.bucket else []
             words += ["--", request.company] if request.company[0] == "-" else [request.company]
-            print_line(f"    its command: uv run agent.py {shlex.join(words)}")
+            print_line(f"    resume it: uv run agent.py {shlex.join(words)}")
 
 
 def main() -> int:

@@ -157,7 +157,7 @@ def finish_unfinished(executor: Executor) -> int:
     going_on = {run.workflow_id: run for run in runs if not reasons[run.workflow_id]}
     print_line(f"Unfinished runs that go on: {len(going_on)}.")
     for reason, count in Counter(filter(None, reasons.values())).items():
-        agent.print_wrapped(f"Left alone: {count} {reason}. {LEFT_ALONE[reason]}", indent=4)
+        agent.print_wrapped(f"Left alone: {count} {reason}: {LEFT_ALONE[reason]}.", indent=4)
     if not going_on:
         return 0
     batch, told = Batch(executor, map(request_of, going_on.values())), ""
@@ -200,11 +200,11 @@ def delete_old(executor: Executor, days: float, statuses: list[str]) -> None:
                 count += 1
             executor.locks.free(run_id)
     print_line(f"Runs deleted: {len(ended) + count}.")
-    path = executor.settings.database_url.database
-    room = "Postgres uses the room again, after its autovacuum."
-    if executor.settings.database_url.drivername == "sqlite":
-        size = Path(f"{path}").stat().st_size / 1e6
-        room = f"{path} keeps its size, {size:.1f} MB, until VACUUM; new runs use the room again."
+    settings, room = executor.settings, "Postgres uses the room again, after its autovacuum."
+    if settings.database_url.drivername == "sqlite":
+        size = Path(f"{settings.database_url.database}").stat().st_size / 1e6
+        room = f"{settings.database_label} keeps its size, {size:.1f} MB, until VACUUM; new runs"
+        room += " use the room again."
     agent.print_wrapped(room)
 
 

@@ -1,0 +1,196 @@
+"""A project of one's own, built from exactly what the README says, and a tool that takes long."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import PROJECT, wait_for
+
+README = (PROJECT / "README.md").read_text()
+RECIPES = (PROJECT / "recipes" / "README.md").read_text()
+
+HEAD = '''"""Ask for the weather: `uv run -m mine Oslo`."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from dbos import DBOS
+from pydantic import BaseModel, Field
+from pydantic_ai import messages as ai
+from pydantic_ai.models.function import AgentInfo
+
+import agent
+import tools
+from tools import Brief
+
+if __name__ == "__main__":
+    # Run with -m, this file is `__main__`, and no other program could load what is stored of its
+    # types. So it imports itself by its own name, before anything is defined.
+    import mine
+
+    sys.exit(agent.run_command(mine.main))
+
+'''
+FOOT = '''
+def main() -> int:
+    """Bring the run of one place to its end, and print its report."""
+    return agent.research_company(agent.make_parser("Ask for the weather.").parse_args(), BRIEF)
+'''
+WEATHER = '''
+class Weather(BaseModel):
+    """What it is like outside."""
+
+    place: str
+    degrees: float = Field(ge=-100, le=100, description="Celsius")
+
+
+class Advice(BaseModel):
+    """The agent's answer."""
+
+    coat: bool
+
+
+@DBOS.step(timeout_seconds=30, preemptible=True)
+async def fetch_weather(place: str) -> Weather:
+    """Look up the weather.
+
+    Args:
+        place: The place's name.
+    """
+    tools.print_in_step(f"fetch_weather looks out of the window{tools.attempt()}")
+    log = Path(__file__).with_name("window.log")
+    with log.open("a") as lines:
+        lines.write(tools.idempotency_key("fetch_weather", place=place) + "\\n")
+    while not log.with_name("open").exists():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    return tools.parse(Weather, {"place": place, "degrees": 3})
+
+
+async def stand_in(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.ModelResponse:
+    """Answer in place of a model."""
+    if len(messages) == 1:
+        return ai.ModelResponse(parts=[ai.ToolCallPart("fetch_weather", {"place": "Oslo"})])
+    return ai.ModelResponse(parts=[ai.ToolCallPart(info.output_tools[0].name, {"coat": True})])
+
+
+BRIEF = Brief(
+    question="Do I need a coat in {company}?",
+    instructions="Look up the weather, and give advice.",
+    tools=[fetch_weather],
+    output_type=Advice,
+    recipe="mine",
+    stand_in=stand_in,
+)
+
+'''
+
+
+def build(folder: Path) -> Path:
+    """Run the README's commands, with a folder of the test's in place of `../mine`."""
+    mine = folder / "mine"
+    blocks = re.findall(r"^```console\n(\$ mkdir.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    [block] = blocks
+    for line in block.splitlines():
+        words = shlex.split(line.removeprefix("$ ").replace("../mine", str(mine)))
+        subprocess.run(words, cwd=PROJECT, check=True)
+    return mine
+
+
+def start(mine: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = {"PATH": os.environ["PATH"], "DEMO_LATENCY": "0", "DEMO_FAILURE_RATE": "0"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mine", *arguments],
+        cwd=mine,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_project_with_another_question_tool_and_type_is_checked_runs_is_killed_and_resumes(
+    tmp_path: Path,
+) -> None:
+    mine = build(tmp_path)
+    copied = {path.name for path in mine.iterdir()}
+    assert {"agent.py", "config.py", "tools.py", "mine.py", "pyproject.toml"} <= copied
+    (mine / "mine.py").write_text(HEAD + WEATHER + FOOT)
+    for check in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *check], cwd=mine, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout
+    with start(mine, "Oslo") as killed:
+        wait_for(lambda: lines_of(mine / "window.log"), "the tool")
+        killed.kill()
+        killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    (mine / "open").touch()
+    with start(mine, "Oslo") as again:
+        stdout, stderr = again.communicate()
+    assert again.returncode == 0, stderr
+    assert "interrupted, resumes after 1 finished step." in stdout
+    assert "step 1:" not in stdout
+    assert "coat                    True" in stdout
+    first, second = lines_of(mine / "window.log")
+    assert first == second, "the tool ran twice, with one idempotency key"
+
+
+def test_a_tool_that_takes_long_is_killed_while_it_waits_and_starts_its_job_once(
+    tmp_path: Path,
+) -> None:
+    mine = build(tmp_path)
+    [tool] = re.findall(r"^```python\n(@DBOS\.step.*?)^```$", RECIPES, re.MULTILINE | re.DOTALL)
+    assert "sleep_async(30)" in tool
+    jobs = """
+from pathlib import Path
+
+LOG = Path(__file__).with_name("jobs.log")
+
+
+def note(line: str) -> None:
+    with LOG.open("a") as lines:
+        lines.write(line + "\\n")
+
+
+async def start(company_name: str, key: str) -> str:
+    note(f"start {key}")
+    return "job 1"
+
+
+async def is_done(job: str) -> bool:
+    note("ask")
+    return LOG.with_name("done").exists()
+"""
+    brief = """
+BRIEF = Brief(
+    instructions="Call every tool.",
+    tools=[*tools.BRIEF.tools, audit],
+    output_type=tools.ResearchReport,
+    recipe="mine",
+)
+
+"""
+    (mine / "jobs.py").write_text(jobs)
+    # A step is not retried here, so the wait may be short.
+    tool = tool.replace("sleep_async(30)", "sleep_async(0.2)")
+    (mine / "mine.py").write_text(HEAD + "import jobs\n\n\n" + tool + brief + FOOT)
+    with start(mine, "Acme") as killed:
+        wait_for(lambda: lines_of(mine / "jobs.log").count("ask") > 1, "two questions")
+        killed.kill()
+        killed.communicate()
+    (mine / "done").touch()
+    with start(mine, "Acme") as again:
+        stdout, stderr = again.communicate()
+    assert again.returncode == 0, stderr
+    assert "interrupted, resumes" in stdout
+    assert len([line for line in lines_of(mine / "jobs.log") if line.startswith("start")]) == 1
