@@ -434,13 +434,15 @@ class Waiting:
     @contextmanager
     def for_lock(self, run_id: str) -> Iterator[None]:
         """Hold the lock of a run, as soon as no other process or thread holds it."""
-        taken = False
+        taken, holder = False, "another process"
         while not taken:
             with self.while_the_database_is_away():
                 taken = self.executor.locks.take(run_id)
                 if not taken:
                     run = self.executor.look(run_id)
-                    self._wait(run_id, run.executor_id if run and run.status == "PENDING" else None)
+                    if run and run.status == "PENDING":
+                        holder = f"{run.executor_id}"
+                    self._wait(run_id, holder)
         try:
             yield
         finally:
@@ -451,7 +453,7 @@ class Waiting:
         if run.status == "ENQUEUED" or run.executor_id == self.executor.id:
             time.sleep(0.05)  # it is this process, which prints what it does
         else:
-            self._wait(run.workflow_id, run.executor_id)
+            self._wait(run.workflow_id, f"{run.executor_id}")
 
     @contextmanager
     def while_the_database_is_away(self) -> Iterator[None]:
@@ -464,9 +466,9 @@ class Waiting:
             self._tell(f"  the database does not answer, so this waits: {config.reason_of(error)}")
             time.sleep(1)  # DBOS waits as well
 
-    def _wait(self, run_id: str, executor_id: str | None) -> None:
+    def _wait(self, run_id: str, holder: str) -> None:
         self._tell(
-            f"Run {run_id}: being executed by {executor_id or 'another process'}. Process"
+            f"Run {run_id}: being executed by {holder}. Process"
             f" {os.getpid()} waits for it and executes nothing; every 15 seconds it says so."
         )
         self.executor.locks.rest()

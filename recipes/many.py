@@ -17,7 +17,7 @@ from dbos import WorkflowStatus
 import agent
 import config
 import tools
-from agent import OPEN, Executor
+from agent import OPEN, Executor, Waiting
 from config import ResearchRequest, Settings
 from recipes import worker
 from recipes.worker import Worker
@@ -47,7 +47,9 @@ class Batch:
     def __init__(self, executor: Executor, requests: Iterable[ResearchRequest]) -> None:
         """Begin with none of them prepared."""
         self.executor = executor
-        self.requests = {request.run_id: request for request in requests}
+        self.requests: dict[str, ResearchRequest] = {}
+        for request in requests:
+            self.requests.setdefault(request.run_id, request)
         self.outcomes: dict[str, str] = {}
         """Run ID to how it has ended: "finished", or what went wrong."""
         self.begun: set[str] = set()
@@ -64,6 +66,17 @@ class Batch:
             )
             found |= {run.workflow_id: run for run in runs}
         return found
+
+    def enqueue_new(self) -> None:
+        """Put those into the queue that are not stored: quickly, while this process executes none.
+
+        That needs no lock of the run: if somebody has stored it meanwhile, DBOS changes nothing.
+        """
+        stored = self.look(self.requests)
+        for run_id, request in self.requests.items():
+            if run_id not in stored:
+                request.enqueue(self.executor.client, self.executor.queue)
+                self.begun.add(run_id)
 
     def step(self) -> None:
         """Look at all runs that have not ended, and put those into the queue that nobody has."""
@@ -133,8 +146,12 @@ def main() -> int:
     tools.output.show = "nothing"
     settings = config.load_settings()
     requests = read_requests(settings, options.company, options.bucket)
-    batch = Batch(worker.make_executor(settings), requests)
-    serving = Worker(batch.executor)
+    executor = worker.make_executor(settings)
+    batch = Batch(executor, requests)
+    with Waiting(executor).while_the_database_is_away():  # what was not enqueued then, is later
+        executor.make_ready()
+        batch.enqueue_new()
+    serving = Worker(executor)
     batch.finish(serving)
     print_outcomes(batch)
     code = int(any(outcome != "finished" for outcome in batch.outcomes.values()))

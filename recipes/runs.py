@@ -47,9 +47,9 @@ LEFT_ALONE = {
 def request_of(run: WorkflowStatus) -> ResearchRequest:
     """Return what was asked: a request with another ID than the run's if that is not our own."""
     request, step = worker.request_of(run), run.workflow_id.rpartition("-from-")[2]
-    return (
-        Fork(**vars(request), step=int(step)) if run.forked_from and step.isdecimal() else request
-    )
+    if run.forked_from and step.isdecimal():
+        return Fork(**vars(request), step=int(step))
+    return request
 
 
 def command_of(executor: Executor, run: WorkflowStatus) -> str:
@@ -63,10 +63,11 @@ def command_of(executor: Executor, run: WorkflowStatus) -> str:
     elif isinstance(asked, Fork):
         program, words = "-m recipes.from_step", [*words, f"{asked.step}"]
     theirs, ours = vars(asked), vars(executor.settings)
-    settings = [f"{key.upper()}={theirs[key]}" for key in SETTINGS if theirs[key] != ours[key]]
+    unlike = [key for key in SETTINGS if theirs[key] != ours[key]]
+    settings = "".join(f"{key.upper()}={shlex.quote(theirs[key])} " for key in unlike)
     options = [f"--bucket={asked.bucket}"] if asked.bucket else []
     options += ["--"] if any(word.startswith("-") for word in words) else []
-    return shlex.join([*settings, "uv", "run", *program.split(), *options, *words])
+    return f"{settings}uv run {program} {shlex.join([*options, *words])}"
 
 
 def find_living(executor: Executor, runs: list[WorkflowStatus]) -> set[str]:
@@ -160,22 +161,15 @@ def finish_unfinished(executor: Executor) -> int:
         agent.print_wrapped(f"Left alone: {count} {reason}: {LEFT_ALONE[reason]}.", indent=4)
     if not going_on:
         return 0
-    batch, told = Batch(executor, map(request_of, going_on.values())), ""
-    helping = worker.Worker(executor)
-    while len(batch.outcomes) < len(going_on):
-        with helping.waiting.while_the_database_is_away():
-            batch.step()
-        line = f"{len(batch.outcomes)} ended, {batch.running} running"
-        if line != told:
-            print_line(line)
-            told = line
-        time.sleep(0.2)
+    batch, serving = Batch(executor, map(request_of, going_on.values())), worker.Worker(executor)
+    batch.finish(serving)
     failed = {run_id: end for run_id, end in batch.outcomes.items() if end != "finished"}
     for run_id, outcome in failed.items():
         agent.print_wrapped(f"{request_of(going_on[run_id]).company}: {outcome}", indent=4)
-        print_line(f"    resume it: {command_of(executor, going_on[run_id])}")
-    print_line(f"{len(going_on) - len(failed)} finished, {len(failed)} failed.")
-    helping.stop()
+        if run_id in batch.begun:  # or it was refused, and would be again
+            print_line(f"    resume it: {command_of(executor, going_on[run_id])}")
+    worker.end_in_time(int(bool(failed)))
+    serving.stop()  # this process may execute runs that others have asked for
     return int(bool(failed))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CRASH_SEED, App, Process
+from conftest import CRASH_SEED, App, Process, wait_for
 
 STEPS = (1, 2, 3, 4)
 TOOLS = ["fetch_company_overview", "fetch_financial_metrics"]
@@ -72,6 +72,11 @@ FORK = [
     "before outcome SUCCESS",
 ]
 """Points of the process that forks a finished run from step 3."""
+BATCH = ["before enqueue", "after enqueue", "before dequeue", "after dequeue", "before commit 3"]
+"""Points of a batch, which is a worker as well: it is launched before it puts a run into the shared
+queue."""
+TAKE_OVER = ["before resume", "after resume"]
+"""Points of a worker that puts what a dead process had begun into the queue again."""
 TWO = [
     *(("new", point) for point in [*READY, "before enqueue", "after enqueue", "before dequeue"]),
     *(("interrupted", point) for point in [*READY, "before resume", "after resume", *LAUNCH]),
@@ -210,6 +215,31 @@ def rows_of_the_base(app: App) -> list[list[tuple[Any, ...]]]:
     where = "WHERE workflow_uuid NOT LIKE '%-from-3'"
     tables = ["workflow_status", "workflow_input", "workflow_output", "operation_outputs"]
     return [app.rows(f"SELECT * FROM {{dbos}}{table} {where} ORDER BY 1, 2") for table in tables]
+
+
+@pytest.mark.parametrize("point", BATCH)
+def test_a_batch_killed_at_any_point_reaches_its_end_by_the_same_command(
+    app: App, point: str
+) -> None:
+    assert app.run("Acme", recipe="many", KILL_AT=point).wait() == -signal.SIGKILL
+    finish(app, "Acme", recipe="many")
+    judge(app, f"batch, {point}", finish(app, "Acme"))
+
+
+@pytest.mark.parametrize("point", TAKE_OVER)
+def test_a_worker_killed_as_it_takes_over_leaves_the_run_to_the_next_one(
+    app: App, point: str
+) -> None:
+    killed = app.run("Acme", recipe="many", KILL_AT="before commit 3")
+    assert killed.wait() == -signal.SIGKILL
+    look = {"look": 0.1}
+    killed = app.run(recipe="worker", patches=look, KILL_AT=point)
+    assert killed.wait() == -signal.SIGKILL
+    worker = app.start(recipe="worker", patches=look)
+    wait_for(lambda: app.status() == "SUCCESS", "the next worker to finish the run")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0, worker.stderr
+    judge(app, f"take-over by a worker, {point}", finish(app, "Acme"))
 
 
 @pytest.mark.parametrize(("left", "point"), TWO)

@@ -11,8 +11,7 @@ import pytest
 from conftest import PROJECT
 from sqlalchemy import make_url
 
-# A program of three steps. It sleeps where a kill shows whether it is broken, so that most kills,
-# which come at random moments, come there.
+# A program of three steps. It sleeps where a kill shows whether it is broken.
 JOB = """
 import os, sqlite3, sys, time, uuid
 from pathlib import Path
@@ -76,10 +75,26 @@ os._exit(0)  # DBOS.destroy() would wait
 """
 
 
-def kill(kills: int, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+RECIPE = ["-m", "recipes.kill_test"]
+# Most of a short program's life are its imports. So that few kills are enough, they come late.
+RECIPE_THAT_KILLS_LATE = [
+    "-c",
+    """
+import random, sys
+draw = random.uniform
+random.uniform = lambda low, high: draw(0.65 * high, 0.9 * high)
+from recipes import kill_test
+sys.exit(kill_test.main())
+""",
+]
+
+
+def kill(
+    recipe: list[str], kills: int, *words: str, **environment: str
+) -> "subprocess.CompletedProcess[str]":
     """Run the recipe."""
     return subprocess.run(
-        [sys.executable, "-m", "recipes.kill_test", "--kills", str(kills), *words],
+        [sys.executable, *recipe, "--kills", str(kills), *words],
         cwd=PROJECT,
         env={**os.environ, **environment},
         capture_output=True,
@@ -87,12 +102,15 @@ def kill(kills: int, *words: str, **environment: str) -> "subprocess.CompletedPr
     )
 
 
-def kill_job(tmp_path: Path, kills: int, broken: str, *words: str) -> tuple[int, str]:
+def kill_job(
+    recipe: list[str], tmp_path: Path, kills: int, broken: str, *words: str
+) -> tuple[int, str]:
     """Run it on the program; return its exit code and what it printed."""
     job = tmp_path / "job.py"
     job.write_text(JOB)
     variables = ["--database-variable", "STORE", "--bill-variable", "EFFECTS"]
     done = kill(
+        recipe,
         kills,
         *variables,
         *words,
@@ -111,7 +129,7 @@ def test_a_sound_program_passes_and_the_numbers_are_measured(
 ) -> None:
     url = make_url(postgres).set(database="kill_test_{}").render_as_string(hide_password=False)
     words = ["--database", url.replace("%7B", "{").replace("%7D", "}")]
-    code, printed = kill_job(tmp_path, 5, "", *(words if kind == "PostgreSQL" else []))
+    code, printed = kill_job(RECIPE, tmp_path, 5, "", *(words if kind == "PostgreSQL" else []))
     assert code == 0, printed
     assert "3 keys act" in printed
     kills, runs = map(int, re.findall(r"^(\d+) kills, (\d+) runs, 0 repeats$", printed, re.M)[0])
@@ -136,14 +154,14 @@ def test_a_sound_program_passes_and_the_numbers_are_measured(
     ],
 )
 def test_a_broken_program_is_caught(broken: str, found: str, tmp_path: Path) -> None:
-    code, printed = kill_job(tmp_path, 8, broken)
+    code, printed = kill_job(RECIPE_THAT_KILLS_LATE, tmp_path, 4, broken)
     assert code == 1, printed
     assert found in printed
 
 
 def test_the_app_passes() -> None:
     command = [sys.executable, str(PROJECT / "agent.py"), "Acme"]
-    done = kill(4, "--", *command, DEMO_LATENCY="0.5")
+    done = kill(RECIPE, 4, "--", *command, DEMO_LATENCY="0.5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 keys act" in done.stdout
     assert re.search(r"^4 kills, \d+ runs, 0 repeats$", done.stdout, re.M)
@@ -161,6 +179,6 @@ def test_a_copy_of_the_app_whose_tool_is_no_step_is_caught(tmp_path: Path) -> No
     code = code.replace(step, "").replace(acted, acted + "        await asyncio.sleep(4)\n")
     (tmp_path / "tools.py").write_text(code)
     command = [sys.executable, str(tmp_path / "agent.py"), "Acme"]
-    done = kill(8, "--", *command, DEMO_LATENCY="0", DEMO_FAILURE_RATE="0")
+    done = kill(RECIPE_THAT_KILLS_LATE, 4, "--", *command, DEMO_LATENCY="0", DEMO_FAILURE_RATE="0")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "came again after a later key" in done.stdout

@@ -542,9 +542,10 @@ def test_a_worker_whose_event_loop_a_tool_has_ended_says_so_and_ends(app: App) -
     command = app.start("Acme").until_prints("executes nothing")
     app.open_gate()
     assert worker.wait() == 1
-    assert worker.stderr == (
-        "error: a step has ended DBOS's event loop: start this program again.\n"
-    )
+    # Python may warn before it of a coroutine of DBOS that was never awaited.
+    told = "error: a step has ended DBOS's event loop: start this program again.\n"
+    assert worker.stderr.endswith(told)
+    assert "Traceback" not in worker.stderr
     assert command.wait() == 0, command.stderr
     assert run_batch(app, "Acme", "Globex").wait() == 0
     assert app.repeated() == []
@@ -660,6 +661,7 @@ def test_many_runs_finish_though_their_workers_are_killed_at_random(app: App) ->
     dice = random.Random(f"{CRASH_SEED} workers")
     names = [f"Company {number}" for number in range(many)]
     environment = {"DEMO_LATENCY": "0.02"}
+    enqueue(app, *names)
     batch = start_batch(app, *names, **environment)
     app.until_effects(4)
     kill(batch)

@@ -1,7 +1,7 @@
 """The list of runs, what brings the unfinished ones to their ends, and what deletes old ones."""
 
-import shlex
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,12 +25,16 @@ def commands(app: App) -> list[str]:
 
 
 def run_command(app: App, command: str) -> Process:
-    """Run a command that the list shows, as a person would copy it."""
-    settings, program = command.split("uv run ")
-    words = shlex.split(program)
-    recipe = words.pop(0) and words.pop(0).removeprefix("recipes.") if words[0] == "-m" else ""
-    environment = dict(setting.split("=", 1) for setting in shlex.split(settings))
-    return app.run(*words[not recipe :], recipe=recipe, **environment)
+    """Run a command that the list shows, as a person would copy it into a shell."""
+    names = ["MODEL", "TENANT_ID", "USER_ID"]
+    settings = " ".join(f'"${name}"' for name in names)
+    shell = f"""uv() {{ shift; printf '%s\\n' {settings} "$@"; }}; {command}"""
+    done = subprocess.run(["sh", "-c", shell], env={}, check=True, capture_output=True, text=True)
+    values, words = done.stdout.splitlines()[:3], done.stdout.splitlines()[3:]
+    environment = {name: value for name, value in zip(names, values, strict=True) if value}
+    if words.pop(0) == "agent.py":
+        return app.run(*words, **environment)
+    return app.run(*words[1:], recipe=words[0].removeprefix("recipes."), **environment)
 
 
 def enqueue(app: App, *names: str) -> None:
@@ -114,7 +118,7 @@ def test_each_command_of_the_list_moves_its_run_on(app: App) -> None:
         "uv run -m recipes.from_step Acme 3",
         "uv run -m recipes.from_step '--bucket=my bucket' Acme 2",
         "uv run agent.py --bucket=-b -- -Acme",
-        "'TENANT_ID=a tenant' 'USER_ID=$me' uv run agent.py 'O'\"'\"'Neill'",
+        "TENANT_ID='a tenant' USER_ID='$me' uv run agent.py 'O'\"'\"'Neill'",
         "uv run -m recipes.conversation -- talk 'Who is Acme?' '-And?' 'So?'",
     }
     for command in shown:
@@ -195,7 +199,7 @@ def test_everything_unfinished_goes_on_and_what_this_code_cannot_resume_is_count
         "Left alone: 1 of another recipe or program: the list shows the command of each,",
     ]:
         assert line in told, told
-    assert told.endswith("6 finished, 0 failed.")
+    assert told.endswith("6 done, 0 running, 0 waiting, 0 failed")
     assert app.statuses() == {"SUCCESS": 7, "CANCELLED": 1, "PENDING": 2, "ERROR": 3}
     app.open_gate()
     assert live.wait() == 0
@@ -216,7 +220,7 @@ def test_what_fails_again_is_told_with_its_command_and_stops_nobody(app: App) ->
     assert app.statuses() == {"SUCCESS": 2, "ERROR": 1}
     assert "???: the run failed: UnexpectedModelBehavior" in again.stdout
     assert "    resume it: uv run agent.py '???'\n" in again.stdout
-    assert again.stdout.endswith("2 finished, 1 failed.\n")
+    assert "2 done, 0 running, 0 waiting, 1 failed\n" in again.stdout
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def test_the_same_command_goes_on_when_it_was_killed(app: App, point: str) -> No
     app.run(*NAMES, recipe="many", OUTAGE="1")
     killed = app.run("--unfinished", recipe="runs", KILL_AT=point)
     assert killed.wait() == -signal.SIGKILL
-    assert runs(app, "--unfinished").endswith(" 0 failed.")
+    assert runs(app, "--unfinished").endswith(" 0 failed")
     assert app.statuses() == {"SUCCESS": 3}
     assert app.repeated() == []
     assert len(app.ledger("effect overview")) == 3
@@ -287,7 +291,7 @@ def test_only_what_has_ended_long_ago_is_deleted(app: App) -> None:
     asking.signal(signal.SIGKILL)
     asking.wait()
     assert "Runs deleted: 0." in runs(app, "--delete-older-than", "0", "--failed")
-    assert runs(app, "--unfinished").endswith("3 finished, 0 failed.")
+    assert runs(app, "--unfinished").endswith("3 done, 0 running, 0 waiting, 0 failed")
 
 
 def test_a_failed_run_is_not_deleted_while_its_command_is_about_to_resume_it(app: App) -> None:
