@@ -129,7 +129,7 @@ def research(executor: "Executor", request: ResearchRequest) -> "Finished":
                     waiting.for_run(run)
                 elif run and prepared and is_over(executor, run, tries=len(prepared)):
                     raise failure_of(executor, run)
-                else:
+                elif waiting.still_has_lock(run_id):  # else it has it again now: look again
                     prepared.append(prepare(executor, request, run))
                     tell_found(executor, request, prepared[-1].found)
                     executor.launch()  # now that the queue is there: see make_ready()
@@ -434,6 +434,24 @@ class Waiting:
     @contextmanager
     def for_lock(self, run_id: str) -> Iterator[None]:
         """Hold the lock of a run, as soon as no other process or thread holds it."""
+        self._take(run_id)
+        try:
+            yield
+        finally:
+            self.executor.locks.free(run_id)
+
+    def still_has_lock(self, run_id: str) -> bool:
+        """Tell whether the lock of a run was held all the time; if not, wait until it is again.
+
+        A cut connection or a deleted file frees it, and then another process may have had it.
+        """
+        if self.executor.locks.is_held(run_id):
+            return True
+        self.executor.locks.free(run_id)
+        self._take(run_id)
+        return False
+
+    def _take(self, run_id: str) -> None:
         taken, holder = False, "another process"
         while not taken:
             with self.while_the_database_is_away():
@@ -443,10 +461,6 @@ class Waiting:
                     if run and run.status == "PENDING":
                         holder = f"{run.executor_id}"
                     self._wait(run_id, holder)
-        try:
-            yield
-        finally:
-            self.executor.locks.free(run_id)
 
     def for_run(self, run: WorkflowStatus) -> None:
         """Wait a moment for a run that a live process has in hand."""
@@ -620,6 +634,9 @@ def research_company(
     print_steps(finished.steps, finished.restored)
     if options.crash:
         print_line("--crash found nothing to kill: this process did not call the flaky tool.")
+    if executor.launched:
+        # Once more: that a process of another machine is dead is known only after some seconds.
+        delete_queues_of_the_dead(executor)
     with suppress(*config.DATABASE_ERRORS):  # the next process that launches does it, too
         executor.client.delete_queue(executor.id)
     return 0

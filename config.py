@@ -502,6 +502,9 @@ class Locks(Protocol):
     def free(self, name: str) -> None:
         """Let go of a lock that was taken."""
 
+    def is_held(self, name: str) -> bool:
+        """Tell whether a lock that was taken has not been lost since then."""
+
     def rest(self) -> None:
         """Keep no connection open while this process waits."""
 
@@ -536,7 +539,8 @@ class FileLocks:
     def __init__(self, folder: Path) -> None:
         """Keep the files in that folder."""
         self.folder = folder
-        self.held: dict[str, FileLock] = {}
+        self.held: dict[str, tuple[FileLock, int]] = {}
+        """Name to lock and number of its file, by which a file that was deleted is known."""
 
     def take(self, name: str) -> bool:  # noqa: D102
         lock = self._lock(name)
@@ -546,11 +550,18 @@ class FileLocks:
             return False
         except OSError as error:  # for example, the file belongs to another user
             raise ResearchError(f"the lock {lock.lock_file} cannot be used: {error}") from error
-        self.held[name] = lock
+        self.held[name] = lock, Path(lock.lock_file).stat().st_ino
         return True
 
     def free(self, name: str) -> None:  # noqa: D102
-        self.held.pop(name).release()
+        if name in self.held:
+            self.held.pop(name)[0].release()
+
+    def is_held(self, name: str) -> bool:  # noqa: D102
+        lock, number = self.held[name]
+        with suppress(FileNotFoundError):
+            return Path(lock.lock_file).stat().st_ino == number
+        return False
 
     def rest(self) -> None:  # noqa: D102
         pass
@@ -592,6 +603,7 @@ class SessionLocks:
         self.engine = engine
         self.session: sqlalchemy.Connection | None = None
         self.held: set[str] = set()  # a session could take the same lock twice
+        self.lost: set[str] = set()  # held, by a session that is no more
         self.guard = threading.RLock()  # one session serves all threads
         self.found_free: dict[str, float] = {}
 
@@ -601,6 +613,7 @@ class SessionLocks:
                 return False
             if self._ask(f"SELECT pg_try_advisory_lock({_lock_key(name)})"):
                 self.held.add(name)
+                self.lost.discard(name)
                 return True
             return False
 
@@ -609,6 +622,11 @@ class SessionLocks:
             self.held.discard(name)
             with suppress(SQLAlchemyError):  # a session that is lost has freed its locks
                 self._ask(f"SELECT pg_advisory_unlock({_lock_key(name)})")
+
+    def is_held(self, name: str) -> bool:  # noqa: D102
+        with self.guard:
+            self._ask("SELECT 1")
+            return name not in self.lost
 
     def rest(self) -> None:  # noqa: D102
         with self.guard:
@@ -647,6 +665,7 @@ class SessionLocks:
             raise
 
     def _drop_session(self) -> None:
+        self.lost |= self.held
         if self.session is not None:
             with suppress(SQLAlchemyError):
                 self.session.invalidate()  # closed, not given back to the pool with its locks

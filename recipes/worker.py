@@ -118,9 +118,9 @@ class Worker:
                 agent.print_wrapped(f"run {run_id} is left alone: {error}", indent=4)
                 if run.executor_id == self.executor.id:
                     # Everybody would wait for this process. What is cancelled can be resumed.
-                    self.losses[run_id] = 0
-                    lost.pop(run_id, None)
                     client.cancel_workflow(run_id)
+                    lost.pop(run_id, None)  # it may come back to this process
+                    self.losses[run_id] = 0
                 else:
                     self.refused.add(run_id)
 

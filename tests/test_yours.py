@@ -194,3 +194,65 @@ BRIEF = Brief(
     assert again.returncode == 0, stderr
     assert "interrupted, resumes" in stdout
     assert len([line for line in lines_of(mine / "jobs.log") if line.startswith("start")]) == 1
+
+
+def test_after_a_dropped_answer_another_call_at_the_same_number_is_no_repetition(
+    tmp_path: Path,
+) -> None:
+    """Keys made of step numbers would let the service take the mail to c for the one to a."""
+    mine = build(tmp_path)
+    mails = '''
+HERE = Path(__file__).parent
+
+
+class Sent(BaseModel):
+    """What became of a mail."""
+
+    to: str
+
+
+@DBOS.step(timeout_seconds=30, preemptible=True)
+async def send_mail(to: str) -> Sent:
+    """Send a mail."""
+    key = tools.idempotency_key("send_mail", to=to)
+    with (HERE / "outbox.log").open("a+") as outbox:
+        outbox.seek(0)
+        if key not in outbox.read():  # the mail service honours keys
+            outbox.write(f"{to} {key}\\n")
+    return Sent(to=to)
+
+
+async def stand_in(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.ModelResponse:
+    """Call for a and b in the first life, which is refused then, and for c and b in the second."""
+    first_life = not (HERE / "second").exists()
+    if len(messages) == 1:
+        names = ["a", "b"] if first_life else ["c", "b"]
+        return ai.ModelResponse(parts=[ai.ToolCallPart("send_mail", {"to": to}) for to in names])
+    if first_life:
+        rejected = ModelRequestRejectedError
+        raise ModelHTTPError.for_category(rejected, status_code=422, model_name="stand-in")
+    return ai.ModelResponse(parts=[ai.ToolCallPart(info.output_tools[0].name, {"to": "all"})])
+
+
+BRIEF = Brief(
+    question="Tell {company}.",
+    instructions="Send mails.",
+    tools=[send_mail],
+    output_type=Sent,
+    recipe="mine",
+    stand_in=stand_in,
+)
+
+'''
+    errors = "from pydantic_ai.exceptions import ModelHTTPError, ModelRequestRejectedError"
+    head = HEAD.replace("import agent\n", f"{errors}\n\nimport agent\n")
+    (mine / "mine.py").write_text(head + mails + FOOT)
+    with start(mine, "them") as refused:
+        assert "status_code: 422" in refused.communicate()[1]
+    assert refused.returncode == 1
+    (mine / "second").touch()
+    with start(mine, "them") as again:
+        stdout, stderr = again.communicate()
+    assert again.returncode == 0, stderr
+    assert "resumes at step 1." in " ".join(stdout.split())
+    assert [line.split()[0] for line in lines_of(mine / "outbox.log")] == ["a", "b", "c"]
