@@ -558,8 +558,8 @@ class FileLocks:
             self.held.pop(name)[0].release()
 
     def is_held(self, name: str) -> bool:  # noqa: D102
-        lock, number = self.held[name]
-        with suppress(FileNotFoundError):
+        with suppress(KeyError, FileNotFoundError):
+            lock, number = self.held[name]
             return Path(lock.lock_file).stat().st_ino == number
         return False
 
@@ -626,7 +626,7 @@ class SessionLocks:
     def is_held(self, name: str) -> bool:  # noqa: D102
         with self.guard:
             self._ask("SELECT 1")
-            return name not in self.lost
+            return name in self.held and name not in self.lost
 
     def rest(self) -> None:  # noqa: D102
         with self.guard:

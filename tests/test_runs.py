@@ -170,6 +170,20 @@ def test_runs_of_other_programs_are_listed_as_far_as_they_are_known(sqlite_app: 
     assert commands(sqlite_app) == []
 
 
+def test_a_run_of_a_recipe_whose_instructions_have_changed_is_shown_without_a_command(
+    sqlite_app: App,
+) -> None:
+    at = {"KILL_AT": "before commit 2"}
+    sqlite_app.run("Acme", recipe="approval", **at)
+    sqlite_app.run("talk", "Who is Acme?", recipe="conversation", **at)
+    assert len(commands(sqlite_app)) == 2
+    older = "json_set(attributes, '$.told', 'older')"
+    sqlite_app.rows(f"UPDATE workflow_status SET attributes = {older}")
+    assert runs(sqlite_app).count(": interrupted, under other instructions ") == 2
+    assert commands(sqlite_app) == [], "they would begin another run"
+    assert "Left alone: 2 under other instructions" in runs(sqlite_app, "--unfinished")
+
+
 # ---------------------------------------------------------------- what is unfinished
 
 

@@ -66,6 +66,7 @@ def take_no_lock_of_the_run() -> None:
             kind,
             take=lambda self, name, take=take: name.startswith("research-") or take(self, name),
             free=lambda self, name, free=free: name.startswith("research-") or free(self, name),
+            is_held=lambda *_: True,
         )
 
 
