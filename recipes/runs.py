@@ -26,11 +26,15 @@ import agent
 import config
 from agent import OPEN, Executor
 from config import ResearchRequest
-from recipes import approval, worker
+from recipes import approval, conversation, own_tool, worker
 from recipes.from_step import Fork
 from recipes.many import Batch
 from tools import BRIEF, output, print_line
 
+BRIEFS = {
+    brief.recipe: brief for brief in (BRIEF, own_tool.BRIEF, approval.BRIEF, conversation.BRIEF)
+}
+"""Recipe to what its runs are told today: only then is a run's command known."""
 SETTINGS = ("model", "tenant_id", "user_id")
 """What a run and its command must have in common, beside what was asked."""
 UNFINISHED = [*OPEN, "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
@@ -56,9 +60,11 @@ def command_of(executor: Executor, run: WorkflowStatus) -> str:
     """Return the command whose run this is; "" if it is not known."""
     asked, program = request_of(run), "agent.py"
     words = [asked.company, *(run.attributes or {}).get("turns", [])]
-    if asked.recipe in ("own_tool", "approval", "conversation"):
+    if asked.recipe not in BRIEFS:
+        return ""
+    if asked.recipe != BRIEF.recipe:
         program = f"-m recipes.{asked.recipe}"
-    elif asked.recipe != BRIEF.recipe or asked.run_id != run.workflow_id:
+    elif asked.run_id != run.workflow_id:
         return ""
     elif isinstance(asked, Fork):
         program, words = "-m recipes.from_step", [*words, f"{asked.step}"]
@@ -85,10 +91,11 @@ def why_left_alone(run: WorkflowStatus, living: set[str]) -> str:
     asked = request_of(run)
     if run.app_version != config.APP_VERSION:
         return "of another version"
-    if asked.recipe != BRIEF.recipe or asked.run_id != run.workflow_id:
-        return "of another recipe or program"
-    if asked.told != config.digest_of(BRIEF.told):
+    brief = BRIEFS.get(asked.recipe)
+    if brief and asked.told != config.digest_of(brief.told):
         return "under other instructions"
+    if brief is not BRIEF or asked.run_id != run.workflow_id:
+        return "of another recipe or program"
     if run.status == "PENDING" and run.executor_id in living:
         return "executed by live processes"
     return "cancelled" if run.status == "CANCELLED" else ""

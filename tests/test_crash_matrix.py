@@ -73,8 +73,7 @@ FORK = [
 ]
 """Points of the process that forks a finished run from step 3."""
 BATCH = ["before enqueue", "after enqueue", "before dequeue", "after dequeue", "before commit 3"]
-"""Points of a batch, which is a worker as well: it is launched before it puts a run into the shared
-queue."""
+"""Points of a batch, which puts new runs into the shared queue and then is a worker as well."""
 TAKE_OVER = ["before resume", "after resume"]
 """Points of a worker that puts what a dead process had begun into the queue again."""
 TWO = [

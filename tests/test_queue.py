@@ -262,6 +262,23 @@ def test_a_run_that_a_command_takes_and_ends_while_a_batch_waits_has_that_outcom
     assert len(app.ledger("effect")) == 4 - 2 * failure
 
 
+@pytest.mark.parametrize("end", ["finishes", "fails", "dies"])
+def test_a_run_that_a_command_begins_just_before_a_batch_enqueues_it_is_not_begun_twice(
+    app: App, end: str
+) -> None:
+    """The batch has looked, and enqueues what was not stored then, without the lock of the run."""
+    batch = start_batch(app, "Acme", WAIT_AT="before enqueue")
+    app.until("waiting before enqueue")
+    environment = {"fails": {"OUTAGE": "1"}, "dies": {"KILL_AT": "before commit 3"}}.get(end, {})
+    alone = app.run("Acme", **environment)
+    assert alone.wait() == {"finishes": 0, "fails": 1, "dies": -signal.SIGKILL}[end]
+    app.open_gate()
+    assert batch.wait() == (end == "fails"), batch.stderr
+    assert ("the run failed: PermissionError" in table(batch)["Acme"]) == (end == "fails")
+    assert len(app.ledger("effect overview")) == 1
+    assert app.repeated() == []
+
+
 def test_runs_that_are_deleted_while_a_batch_waits_are_begun_anew(app: App) -> None:
     batch = start_batch(app, *NAMES, WAIT_AT="before dequeue").until_prints("3 waiting")
     app.rows("DELETE FROM {dbos}workflow_status")
