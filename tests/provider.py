@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -112,6 +113,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.times.append(time.monotonic())
         word = self.server.script.pop(0) if self.server.script else "answer"
         status, _, wait = word.partition(" after ")  # "429 after 3": it asks to wait 3 seconds
+        if wait.endswith(" s, as a date"):
+            wait = formatdate(time.time() + int(wait.split()[0]), usegmt=True)
         if not all(re.fullmatch("[a-zA-Z0-9_-]+", name) for name in called(body["messages"])):
             self.fail(400)  # as OpenAI does: the model's own answer is refused in the history
         elif status.isdigit():
