@@ -7,8 +7,9 @@ in. The same command resumes or replays the fork.
 Traps:
 - Side effects from that step on happen again, under other idempotency keys: no service can know
   that they are repeated on purpose.
-- Without `application_version`, no process would take the fork. Without `queue_name`, any process
-  of this app would, whatever its model and instructions.
+- Without `application_version`, a fork that is killed before a process has taken it belongs to no
+  version, and would be refused. Without `queue_name`, any process of this app would take it,
+  whatever its model and instructions.
 - A copied step counts as restored, though no command has executed it for this run.
 """
 
