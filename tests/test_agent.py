@@ -1,5 +1,6 @@
 """From which step a failed run goes on. And what a process that executes nothing leaves undone."""
 
+import json
 import signal
 from types import SimpleNamespace
 from typing import Any, cast
@@ -7,7 +8,7 @@ from typing import Any, cast
 import pytest
 from conftest import App, Process
 from dbos import StepInfo, WorkflowStatus
-from provider import Provider
+from provider import Provider, tool_calls
 from pydantic_ai import ModelHTTPError, ModelRetry, UnexpectedModelBehavior
 from pydantic_ai import exceptions as ai_error
 from sqlalchemy.exc import OperationalError
@@ -81,6 +82,26 @@ def test_a_request_that_is_refused_for_its_content_drops_the_answer_before_it(
     steps = [*MENDED, step(4, "financials"), step(5, MODEL, error)]
     assert find_failure(run("ERROR", error), steps) == (number, error)
     assert find_failure(run("ERROR", error), [step(1, MODEL, error)]) == (1, error)
+
+
+def test_a_call_that_the_model_can_mend_goes_back_to_it_without_a_retry_and_is_restored(
+    app: App, provider: Provider
+) -> None:
+    misspelt = ("fetch_financial_metrics", json.dumps({"company_name": "???"}))
+    provider.script, provider.custom = ["custom"], tool_calls(misspelt)
+    killed = app.run("Acme", KILL_AT="before commit 3", **provider.environment)
+    assert killed.wait() == -signal.SIGKILL
+    assert killed.stdout.count("fetch_financial_metrics calls the service") == 1
+    again = app.run("Acme", **provider.environment)
+    assert again.wait() == 0, again.stderr
+    assert "interrupted" in again.stdout, "a ModelRetry is not a failure from which to go on"
+    assert "calls the service" not in again.stdout
+    # The request in flight was made once more, and each time with what the model can mend.
+    assert ["check the name" in json.dumps(request) for request in provider.requests] == [
+        False,
+        True,
+        True,
+    ]
 
 
 # ---------------------------------------------------------------- nothing to execute

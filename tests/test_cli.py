@@ -14,9 +14,11 @@ from typing import cast
 
 import filelock
 import pytest
-from conftest import PROJECT, App
+from conftest import PROJECT, App, start_postgres
 from dbos import WorkflowStatus
 from provider import REPORT, Provider, tool_calls
+from sqlalchemy import make_url
+from test_adversity import pg_ctl, start_on_tcp
 
 import agent
 import config
@@ -97,6 +99,25 @@ def test_a_model_that_cannot_be_used_is_an_error(sqlite_app: App, model: str, to
     message = one_error(sqlite_app, "Acme", MODEL=model)
     assert message.startswith(f"error: the model {model} cannot be used: ")
     assert told in message
+
+
+def test_neons_pooled_string_works_as_pasted_and_the_first_lines_say_what_is_used(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    server = start_postgres(tmp_path_factory)
+    server.stop()
+    url = make_url(start_on_tcp(server)).set(
+        host="ep-cool-1-pooler.eu-1.aws.neon.tech", database="migrated"
+    )
+    # libpq connects to that address, and takes the host for a name only.
+    pasted = url.update_query_dict({"hostaddr": "127.0.0.1"}).render_as_string(hide_password=False)
+    try:
+        run = App(tmp_path, "").run("Acme", NEON_DATABASE_URL=pasted)
+        assert run.wait() == 0, run.stderr
+    finally:
+        pg_ctl(server, "stop", "-m", "immediate")
+    direct = "Postgres migrated on ep-cool-1.eu-1.aws.neon.tech, the direct address of that pooler"
+    assert f"Database: {direct}." in words(run.stdout)
 
 
 def test_a_refused_connection_is_an_error_without_the_password(sqlite_app: App) -> None:
@@ -267,11 +288,20 @@ def test_what_a_model_has_written_is_shown_and_not_sent_to_the_terminal(
     assert "\x1b" not in run.stdout
 
 
+def test_the_text_of_an_error_is_shown_and_not_sent_to_the_terminal(sqlite_app: App) -> None:
+    path = sqlite_app.folder / "re\x1b]0;named\x07.sqlite"
+    path.mkdir()
+    message = one_error(sqlite_app, "Acme", DBOS_SYSTEM_DATABASE_URL=f"sqlite:///{path}")
+    assert "SQLite re\\x1b]0;named\\x07.sqlite" in message
+    assert "\x1b" not in message
+
+
 def test_a_report_that_cannot_be_written_is_an_error_and_the_run_has_finished(
     tmp_path: Path,
 ) -> None:
+    database = f"sqlite:///{tmp_path / 'research.sqlite'}"
     environment = {
-        "DBOS_SYSTEM_DATABASE_URL": f"sqlite:///{tmp_path / 'research.sqlite'}",
+        "DBOS_SYSTEM_DATABASE_URL": database,
         "DEMO_BILL": str(tmp_path / "service.log"),
         "DEMO_LATENCY": "0",
     }
@@ -288,6 +318,7 @@ def test_a_report_that_cannot_be_written_is_an_error_and_the_run_has_finished(
     problem, cure = run.stderr.splitlines()
     assert problem.startswith("error: standard output cannot be written: ")
     assert cure == "The run has finished. Run the same command to print its report."
+    assert App(tmp_path, database).status() == "SUCCESS"
 
 
 @pytest.mark.parametrize("name", [*NAMES, "Zürich Ångström"])

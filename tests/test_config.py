@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
 import config
 import tools
@@ -286,10 +287,18 @@ def test_neons_pooled_host_is_replaced_by_the_direct_one_and_others_are_not() ->
 
 def test_the_env_file_is_read_once_so_it_may_be_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".env")
-    writer = threading.Thread(target=(tmp_path / ".env").write_text, args=("TENANT_ID=piped\n",))
-    writer.start()
-    assert load_settings().tenant_id == "piped"
-    writer.join()
+    tenants: list[str] = []
+
+    def write() -> None:
+        (tmp_path / ".env").write_text("TENANT_ID=piped\n")
+
+    def read() -> None:
+        tenants.append(load_settings().tenant_id)
+
+    for work in (write, read):  # a second reading would wait for ever, so it must not be waited for
+        threading.Thread(target=work, daemon=True).start()
+    wait_for(lambda: tenants, "the settings")
+    assert tenants == ["piped"]
 
 
 def test_a_name_without_latin_letters_has_an_id_too() -> None:

@@ -158,6 +158,20 @@ def test_a_failed_run_says_what_failed_and_goes_on_from_the_failed_step(app: App
     ]
 
 
+def test_a_permanent_failure_is_not_retried_and_the_same_command_goes_on_from_it(app: App) -> None:
+    failed = app.run("Acme", OUTAGE="1")
+    assert failed.wait() == 1
+    assert failed.stderr.startswith(
+        "error: the run failed: PermissionError: the service is closed today\n"
+    )
+    assert failed.stdout.count("fetch_financial_metrics calls the service") == 1
+    before = app.ledger("effect")
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    done = [line.split()[1] for line in app.ledger("effect")[len(before) :]]
+    assert done == ["financials", "model"]
+
+
 def test_a_run_killed_between_its_failure_and_its_end_does_not_repeat_the_failure(app: App) -> None:
     killed = app.run("???", KILL_AT="before outcome ERROR")
     assert killed.wait() == -signal.SIGKILL
