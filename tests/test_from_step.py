@@ -129,6 +129,16 @@ def test_two_equal_forks_at_the_same_time_are_one_run(app: App) -> None:
     assert steps_of(app, f"{run_id(app, 'Acme')}-from-3") == ALL_STEPS[2:]
 
 
+def test_a_fork_waits_in_the_queue_of_its_own_process_alone(app: App) -> None:
+    app.run("Acme")
+    assert fork(app, "Acme", "3", KILL_AT="after fork").wait() == -signal.SIGKILL
+    name = f"{run_id(app, 'Acme')}-from-3"
+    where = f"WHERE workflow_uuid = '{name}'"
+    [(queue,)] = app.rows(f"SELECT queue_name FROM {{dbos}}workflow_status {where}")
+    # DBOS's internal queue is served by every process, whatever its model and instructions.
+    assert config.is_executor_id(queue)
+
+
 def test_a_fork_crashes_on_request_and_resumes(app: App) -> None:
     app.run("Acme")
     crashed = fork(app, "Acme", "2", "--crash")

@@ -540,13 +540,23 @@ def test_a_run_whose_tool_is_cancelled_goes_from_its_worker_to_the_command_that_
     assert app.run("Globex").wait() == 0
 
 
-def test_a_run_that_a_worker_has_given_up_may_come_back_to_it(app: App) -> None:
+def test_a_run_that_comes_back_to_the_worker_that_had_given_it_up_is_executed_once(
+    app: App,
+) -> None:
     enqueue(app, "Acme")
-    worker = start_worker(app, RAISE="CancelledError")
+    worker = start_worker(app, WAIT_AT="inside 3", RAISE="CancelledError")
+    app.until("waiting inside 3")
+    app.open_gate()
     wait_for(lambda: app.statuses() == {"CANCELLED": 1}, "it to be given up")
+    (app.folder / "ledger.gate").unlink()
+    resumed, begun = len(app.ledger("done resume")), len(app.ledger("done body 3"))
     batch = start_batch(app, "Acme", WAIT_AT="before dequeue")  # which only puts it into the queue
-    assert batch.wait() == 1
-    assert words(worker).count("given it up twice") == 2
+    wait_for(lambda: len(app.ledger("done body 3")) > begun, "the worker to be in step 3 again")
+    kill(batch)
+    until_looks(app, 4)
+    assert len(app.ledger("done resume")) == resumed + 1
+    app.open_gate()
+    wait_for(lambda: app.statuses() == {"CANCELLED": 1}, "it to be given up again")
     stop(worker)
     assert run_batch(app, "Acme").wait() == 0
     assert len(app.ledger("effect overview")) == 1
@@ -654,16 +664,17 @@ def test_the_name_of_the_shared_queue_does_not_look_like_an_executor_id(
 @on_postgres
 def test_a_cut_of_all_connections_makes_no_step_of_live_workers_run_twice(app: App) -> None:
     """Their steps take longer than many looks. A cut frees all locks for a moment."""
-    enqueue(app, *(f"Company {number}" for number in range(12)))
+    names = [f"Company {number}" for number in range(12)]
+    app.patches = {**LOOK, "patience": 2}
+    enqueue(app, *names)
     workers = [start_worker(app, WAIT_AT="inside 3") for _ in range(2)]
     wait_for(lambda: len(app.ledger("done commit 2")) == 12, "the second steps")
-    batch = start_batch(app, *(f"Company {number}" for number in range(12)), patches=LOOK)
-    batch.until_prints("0 done, 12 running")
+    batch = start_batch(app, *names).until_prints("0 done, 12 running")
     app.rows(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
-    until_looks(app, 12)
+    until_looks(app, 100)  # of three processes: more than three seconds
     app.open_gate()
     assert batch.wait() == 0, batch.stderr
     assert app.statuses() == {"SUCCESS": 12}
