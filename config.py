@@ -403,8 +403,8 @@ def open_database(settings: Settings) -> "tuple[DBOSClient, Locks]":
         try:
             _refuse_unfit_server(url)
         except OperationalError as error:
-            if _is_refusal(error):
-                raise
+            if not _is_missing(error):
+                raise  # or tables would be created where this must not run
             DBOS.migrate(address)  # which creates a database that does not exist
             _refuse_unfit_server(url)
         DBOS.migrate(address)
@@ -456,9 +456,9 @@ def _add_unixepoch(connection: Any, _record: Any) -> None:
         connection.create_function("unixepoch", 1, lambda _: round(time.time(), 3))
 
 
-def _is_refusal(error: OperationalError) -> bool:
-    """Tell whether the server refused the connection for another reason than a missing database."""
-    return "FATAL" in str(error.orig) and "does not exist" not in str(error.orig)
+def _is_missing(error: OperationalError) -> bool:
+    """Tell whether the server has answered that there is no such database."""
+    return bool(re.search(r'FATAL: +database ".*" does not exist', str(error.orig)))
 
 
 def _refuse_unfit_server(url: URL) -> None:

@@ -18,7 +18,7 @@ import pytest
 from conftest import App, Process, start_postgres, wait_for
 from relay import AnyQueue, Pooler, Relay
 from sqlalchemy import make_url
-from test_adversity import pg_ctl, start_on_tcp
+from test_adversity import pg_ctl, refused, start_on_tcp
 from test_crash_matrix import report_of
 
 import config
@@ -100,6 +100,23 @@ def test_no_command_works_behind_a_pooler_in_transaction_mode(app: App) -> None:
 def test_a_database_without_tables_gets_none_by_way_of_such_a_pooler(app: App) -> None:
     app.rows("DROP SCHEMA dbos CASCADE")
     with Pooler(app.database_url, 20, queue.LifoQueue).serve() as pooler:
+        assert_refused(app, pooler.url)
+    assert everything(app) == {}
+
+
+class Shaky(Pooler):
+    """A pooler that hangs up on its first client."""
+
+    def handle(self, client: socket.socket) -> None:
+        if len(self.clients) > 1:
+            super().handle(client)
+
+
+def test_a_lost_connection_does_not_create_tables_by_way_of_such_a_pooler(app: App) -> None:
+    app.rows("DROP SCHEMA dbos CASCADE")
+    with Shaky(app.database_url, 20, queue.LifoQueue).serve() as pooler:
+        told = refused(app, "Acme", DBOS_SYSTEM_DATABASE_URL=pooler.url)
+        assert "cannot be used" in told
         assert_refused(app, pooler.url)
     assert everything(app) == {}
 
