@@ -149,7 +149,7 @@ def test_a_sound_program_passes_and_the_numbers_are_measured(
         ("its key changes with each attempt", "4 keys acted"),
         ("its service ignores keys", " acted "),
         ("it deletes a checkpoint when it resumes", "step 1 of run job had finished"),
-        # Killed in a run, it leaves that run behind; killed after its end, it does everything again.
+        # Killed in a run, it leaves that run behind; killed after its end, it does all again.
         ("its run ID is random", r"it exits with 0, and leaves these unfinished|\d keys acted: "),
         ("it does not resume", "it fails again and again, with exit code 1: it has begun already"),
     ],
