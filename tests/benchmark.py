@@ -24,7 +24,8 @@ install it, agent.py does not need it, and Pydantic AI imports it wherever it is
   every 0.1 s, and research() looks every 0.05 s for the end, and most of the time is these waits.
   "DBOSAgent" has the same model, instructions and tools, and is awaited without a queue, as its
   documentation shows; "DBOSAgent, queued" goes through such a queue.
-- Peak memory is that of the process. The batch of 1,000 is `recipes.many`, measured once.
+- Peak memory is that of the process. The batch of 1,000 is `recipes.many`, measured once, and the
+  time in which it stores its runs, before it executes one, is that between the first and the last.
 - Database is by how much the file, or the Postgres database, grows with a warm run.
 - Runs a second are those of 1, 2 and 4 workers (`recipes.worker`) that share a queue, or of as
   many processes that serve such a queue with DBOSAgent. For both, another process enqueues the
@@ -432,6 +433,10 @@ def measure_batches(place: Place, figures: Figures) -> None:
         seconds, memory, _ = place.run("ours", "-m", "recipes.many", stdin=stdin)
     figures["batch"].append(seconds)
     figures["batch MiB"].append(memory)
+    stored = f"""SELECT (max(created_at) - min(created_at)) / 1000.0
+        FROM {"dbos." if place.postgres else ""}workflow_status
+        WHERE workflow_uuid LIKE 'research-one-of-many-%'"""
+    print(f"1,000 new runs were stored in {float(query(place.url('ours'), stored)):.1f} s.")
     worker = place.start("plain", *sides["plain"])
     told = place.run("plain", "benchmark.py", "--batch", "1000", "0")[2]
     figures["DBOSAgent batch"].append(1000 / float(told))
