@@ -4,28 +4,34 @@
     uv run agent.py "Acme" --crash     # die by SIGKILL in the middle of the flaky tool
     uv run agent.py "Acme"             # the same run resumes after its last checkpoint
 
-The promise: run the same command again, whatever happened, and the same run moves on to its end;
-a step that finished is never repeated. (One exception: if the model gave no usable answer, its
-last answer is dropped, with the steps that followed it. A step that was cut off has not finished:
-it runs again from its start.)
+The promise: run the same command again, whatever happened, and the same run moves on to its end. A
+step whose result is stored is never executed again. (One exception: if the model's last answer
+cannot be used, it is dropped, with the steps that followed it.) A step that is killed before its
+result is stored is executed again from its start, even if its work was done. So a tool that acts on
+the outside world needs a key: see `idempotency_key()` in tools.py.
 
-Read this file from the top. `build_agent()` makes an agent durable. `research()` brings a run to
-its end: it looks at what is stored, and lets `prepare()` put the run into a queue. An `Executor` is
-this process, in which DBOS takes the run from that queue and executes it. Then come details, what
-people see, and the command line.
+Read this file from the top. `build_agent()` makes an agent durable. `research()` looks in which
+state a run is, and lets `prepare()` put it into a queue. An `Executor` is this process, in which
+DBOS takes the run from that queue and executes it. Then come details, output, the command line. For
+an agent of your own you write a `Brief` and tools, as in recipes/own_tool.py; this file stays.
 
 DBOS stores each run (a "workflow") and the result of each step (its "checkpoint"). A run is
-ENQUEUED until a process takes it from its queue, and then PENDING, even if that process has died.
-It ends as SUCCESS, ERROR or CANCELLED, or as MAX_RECOVERY_ATTEMPTS_EXCEEDED. Resuming a run puts it
-into a queue again; steps that have a checkpoint are not executed again. Rewinding a run deletes the
-checkpoints from one step on, and then resumes it. DBOS may also give up a run without storing that
-it has ended: it stays PENDING, and we call it lost.
+ENQUEUED until a process takes it from its queue, then PENDING, even if that process has died, and
+it ends as SUCCESS, ERROR, CANCELLED or MAX_RECOVERY_ATTEMPTS_EXCEEDED. To resume a run is to put it
+into a queue again: steps that have a checkpoint are not executed again. To rewind it is to delete
+the checkpoints from one step on, and then to resume it. A run is lost if DBOS has stopped executing
+it, and has not stored that it has ended: it stays PENDING, although its process lives.
 
-There are two kinds of locks. They are kept beside the data, and free when their process is dead:
+Why a queue? Be a run new, interrupted or failed: this program only writes into the database that it
+waits in a queue, and DBOS executes it from there, each time in the same way. Each process has its
+own queue, so that a run is executed by the process that holds its lock.
+
+There are two kinds of locks: locked files beside a SQLite file, or advisory locks of Postgres. Both
+are freed when their process dies.
 - A run's lock: who holds it may put the run into a queue. `research()` takes it before it looks at
-  anything, and lets go of it when it returns or raises.
-- A process's lock, named by its executor ID: the process lives. It is taken before the launch of
-  DBOS, and held until the process dies.
+  anything, and lets go of it when it returns or raises. A cut connection frees it, too.
+- A process's lock, named by its executor ID: the process lives. It is taken before DBOS can take a
+  run in this process, and held until the process dies.
 """
 
 import argparse
@@ -43,7 +49,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from dbos import DBOS, StepInfo, WorkflowStatus
 from dbos import error as dbos_error
@@ -63,10 +69,6 @@ from tools import BRIEF, Brief, ResearchError, print_line
 # Passed to @DBOS.step, which knows more options than the StepConfig type. Preemptible: when the run
 # is cancelled, a request in flight is stopped, too.
 MODEL_STEP = cast(StepConfig, {"timeout_seconds": 90, "preemptible": True, **config.MODEL_RETRIES})
-# One tool at a time, so that steps finish in the order of their numbers. Rewinding a failed run
-# deletes the failed step and every step with a higher number. With tools in parallel, a step with a
-# higher number could have finished.
-ONE_BY_ONE: Literal["sequential"] = "sequential"
 
 
 def build_agent(
@@ -77,8 +79,8 @@ def build_agent(
     No line of this project calls `agent.run()`. DBOS does, on an event loop in a thread of its own,
     when it takes a run from the queue of this process; and again, from the top, when the run is
     resumed. `DBOSAgent` makes each model request a step. A tool is a step because of the
-    `@DBOS.step` above it in tools.py, and for no other reason: any other function would run again
-    after each crash.
+    `@DBOS.step` above it in tools.py, and for no other reason. Without that line, it would be
+    executed again whenever the run is resumed.
     """
     agent = Agent(
         config.build_model(settings, brief.stand_in),
@@ -94,7 +96,14 @@ def build_agent(
     with warnings.catch_warnings():
         # pydantic-ai 3 will have no DBOSAgent; pyproject.toml excludes that version.
         warnings.filterwarnings("ignore", "`DBOSAgent` is deprecated")
-        return DBOSAgent(agent, model_step_config=MODEL_STEP, parallel_execution_mode=ONE_BY_ONE)
+        return DBOSAgent(
+            agent,
+            model_step_config=MODEL_STEP,
+            # One tool at a time, so that steps finish in the order of their numbers. To rewind a
+            # failed run deletes the failed step and all later ones. With tools in parallel, one of
+            # those could have finished, and would be executed twice.
+            parallel_execution_mode="sequential",
+        )
 
 
 # ---------------------------------------------------------------- 2. the promise
@@ -102,6 +111,9 @@ def build_agent(
 
 def research(executor: "Executor", request: ResearchRequest) -> "Finished":
     """Bring the run of a request to its end, whatever state it is in. Any thread may call it.
+
+    It blocks until then, without a time limit, also while the database is away. What it prints is
+    set by `tools.output.show`.
 
     | The run is… | This call… |
     |---|---|
@@ -112,27 +124,31 @@ def research(executor: "Executor", request: ResearchRequest) -> "Finished":
     | anything else | lets `prepare()` put it into this process's queue: see there |
 
     Raises:
-        ResearchError: The run cannot go on here; the text says what to do. `RunFailed` is one.
+        ResearchError: The run cannot go on here; the text says what to do. `RunFailed` is one:
+            another call resumes the run.
     """
     run_id, prepared, waiting = request.run_id, list[Prepared](), Waiting(executor)
-    # A second process that is asked for the same run waits for the run's lock. When it gets it, it
-    # goes on by the same code: whatever the first process has left, the look below finds it.
+    # A second process or thread that is asked for the same run waits here for the run's lock. When
+    # it has the lock, it goes on by the same code: whatever the first has left, the look below
+    # finds it.
     with waiting.for_lock(run_id):
         while True:
-            with waiting.while_the_database_is_away():  # then the loop looks again
+            with waiting.while_the_database_is_away():  # after it, the loop looks again
                 run = executor.look(run_id)
                 if run and run.status == "SUCCESS":
                     steps = executor.client.list_workflow_steps(run_id)
                     break
-                # Another process may execute it without the run's lock: a worker, for example.
+                # A live process may execute it without the run's lock: recipes/worker.py does.
                 if run and executor.is_in_hand(run):
-                    waiting.for_run(run)
+                    waiting.for_a_moment(run)
                 elif run and prepared and is_over(executor, run, tries=len(prepared)):
                     raise failure_of(executor, run)
-                elif waiting.still_has_lock(run_id):  # else it has it again now: look again
+                # If the lock was lost, this takes it again. Another process may have changed the
+                # run meanwhile, so the loop looks again.
+                elif waiting.still_has_lock(run_id):
                     prepared.append(prepare(executor, request, run))
                     tell_found(executor, request, prepared[-1].found)
-                    executor.launch()  # now that the queue is there: see make_ready()
+                    executor.launch()  # only now: a launch before the queue is there costs a second
     report = executor.brief.read_report(run_id, run.output)
     if not prepared:
         tell_found(executor, request, "finished earlier, so its stored report is replayed")
@@ -155,7 +171,7 @@ def prepare(
     | not stored | enqueued: DBOS takes it from the queue, and calls `agent.run(prompt)` |
     | of another version, or its checkpoints do not fit today's types | refused |
     | failed, or one of its steps has failed | rewound to where it failed, and resumed there |
-    | interrupted, cancelled, lost, in another queue, or given up by DBOS | resumed |
+    | interrupted, lost, cancelled, in another queue, or at DBOS's limit of attempts | resumed |
 
     Raises:
         ResearchError: The run is refused, or the model cannot be used.
@@ -171,17 +187,17 @@ def prepare(
     executor.brief.refuse_unreadable(run_id, steps)
     executor.make_ready()
     executor.lost.pop(run_id, None)
-    # From where a failed run must go on: the failed step, or the model's last answer if that could
-    # not be used, or the step after the last one if it failed between two steps.
     if failure := find_failure(run, steps):
-        # The error is stored. If the run were resumed, DBOS would only raise it again.
+        # The error is stored. If the run were resumed, DBOS would only raise it again. So it goes
+        # on at the failed step; at the model's last answer, if that could not be used; or after its
+        # last step, if it failed between two steps.
         number, error = failure
         if run.status in OPEN:  # its process died before the end was stored
             client.cancel_workflow(run_id)  # because DBOS rewinds only runs that have ended
         client.rewind_workflow(run_id, start_step=number, queue_name=queue)
         kept = [step for step in steps if step["function_id"] < number]
         return Prepared(f"failed ({describe(error)}), resumes at step {number}", kept)
-    # Without queue_name, it would go to a queue from which every process of this app takes runs.
+    # Without queue_name, it would go to DBOS's internal queue, from which any process may take it.
     client.resume_workflow(run_id, queue_name=queue)
     state = "interrupted" if run.status == "PENDING" else run.status.lower().replace("_", " ")
     return Prepared(f"{state}, resumes after {count_finished(steps)}", steps)
@@ -202,26 +218,28 @@ class Executor:
     ) -> None:
         """Connect to the database; raise `ResearchError` if it cannot be used.
 
+        A process has one executor, because it has one DBOS.
+
         Args:
             settings: From `load_settings()`.
             brief: What the model is told, and may do.
             build: Makes a durable agent of it. It is called once, before the first run.
-            queue: A queue that many processes share, as workers do. By default this process has
-                its own, named like its ID, which is new in each process. If two processes took
-                runs from one queue, the one without the run's lock could execute it.
+            queue: A queue that many processes share, as recipes/worker.py does. By default this
+                process has its own, named like its ID, which is new in each process. If two
+                processes took runs from one queue, the one without the run's lock could execute it.
         """
         self.settings, self.brief, self.build = settings, brief, build
         self.id = config.make_executor_id()
         self.queue = queue or self.id
         self.client, self.locks = config.open_database(settings)
-        self.starting = threading.RLock()  # two threads may call research() for the first time
+        self.starting = threading.Lock()  # two threads may call research() for the first time
         self.agent: object = None
         self.launched = False
         self.lost: dict[str, str] = {}
         """Run ID to reason: runs that DBOS has given up here, and that are still stored PENDING."""
 
     def request(self, company: str, bucket: str = "") -> ResearchRequest:
-        """Ask for a report on a company; raise `ResearchError` for a name that is unfit."""
+        """Ask for a report. Another bucket is another run. `ResearchError`: the name is unfit."""
         return self.settings.request(self.brief, company, bucket)
 
     def look(self, run_id: str) -> WorkflowStatus | None:
@@ -235,7 +253,7 @@ class Executor:
         A run that waits in the queue of another process is not in hand: `prepare()` moves it.
         """
         if run.status == "ENQUEUED" and run.queue_name == self.queue:
-            shared = self.queue != self.id  # which nobody deletes
+            shared = self.queue != self.id  # a queue that many share is never deleted
             return self.launched and (shared or self.has_queue())
         if run.status != "PENDING":
             return False
@@ -244,7 +262,7 @@ class Executor:
         return not self.locks.is_dead(f"{run.executor_id}")
 
     def has_queue(self) -> bool:
-        """Tell whether the queue exists: who takes a process for dead deletes the queue of it."""
+        """Tell whether the queue exists. Others delete it if this process seems to have died."""
         return self.client.retrieve_queue(self.queue) is not None
 
     def make_ready(self) -> None:
@@ -258,10 +276,10 @@ class Executor:
             if self.agent is None:
                 self.agent = self.build(self.settings, self.brief)
                 tools.service = self.settings.service
-                # DBOS tells only its log that it has given up a run.
+                # Only DBOS's log tells that a run is lost.
                 logging.getLogger("dbos").addFilter(lambda record: note_lost(self, record))
-            # The process's lock is taken before the launch: others must see that this process lives
-            # when it takes a run. On Postgres, DBOS's own connections hold it, by these options.
+            # Others must see that this process lives before it takes its first run. So its lock is
+            # taken now; on Postgres each connection of DBOS takes it, by these options.
             self.engine_options = self.locks.show_that_this_process_lives(self.id)
             # DBOS looks for new queues when it is launched, and then only once a second.
             if not self.has_queue():
@@ -462,7 +480,7 @@ class Waiting:
                         holder = f"{run.executor_id}"
                     self._wait(run_id, holder)
 
-    def for_run(self, run: WorkflowStatus) -> None:
+    def for_a_moment(self, run: WorkflowStatus) -> None:
         """Wait a moment for a run that a live process has in hand."""
         if run.status == "ENQUEUED" or run.executor_id == self.executor.id:
             time.sleep(0.05)  # it is this process, which prints what it does

@@ -35,7 +35,7 @@ def build(
 ) -> Agent[None, Any]:
     """Build the durable agent, and register the workflow that runs it."""
     durability = DBOSDurability[None](
-        model_step_config=agent.MODEL_STEP, parallel_execution_mode=agent.ONE_BY_ONE
+        model_step_config=agent.MODEL_STEP, parallel_execution_mode="sequential"
     )
     research_agent = Agent(
         config.build_model(settings, brief.stand_in),

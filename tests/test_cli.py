@@ -237,7 +237,7 @@ def test_who_waits_prints_a_sign_of_life_every_15_seconds(
         clock.now = 1000.0 + second
         whom = "host:2:00000000" if second < 20 else "host:3:00000000"
         run = SimpleNamespace(status="PENDING", workflow_id="mine", executor_id=whom)
-        waiting.for_run(cast(WorkflowStatus, run))
+        waiting.for_a_moment(cast(WorkflowStatus, run))
         if told := capsys.readouterr().out:
             printed[second] = words(told)[:40]
     life = "still waiting"
