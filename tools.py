@@ -42,7 +42,7 @@ class ResearchError(Exception):
 Notice = Literal["Invented for this tutorial: not facts about a real company."]
 
 
-class Invented(BaseModel):
+class Invented(BaseModel, allow_inf_nan=False):  # JSON has no infinity
     """Data from the simulated service. They are not facts, and each record says so."""
 
     company_name: str

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from conftest import App
 from dbos._context import StepStatus
+from provider import REPORT
 from pydantic_ai import ModelRetry
 
 import tools
@@ -200,3 +201,12 @@ def test_the_waits_between_attempts_add_up_to_less_than_forty_seconds(sqlite_app
 )
 def test_what_a_terminal_would_obey_is_shown(text: str, told: str) -> None:
     assert tools.shown(text) == told
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_number_that_json_does_not_have_fits_no_stored_type(number: float) -> None:
+    report = {**REPORT, "revenue_usd_millions": number}
+    for model in (tools.FinancialMetrics, tools.ResearchReport):
+        assert tools.parse(model, REPORT)
+        with pytest.raises(MalformedPayloadError):
+            tools.parse(model, report)
