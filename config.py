@@ -256,7 +256,7 @@ def _database() -> tuple[URL, str]:
             path = (PROJECT / f"{url.database}").resolve()
             if not os.path.isdir(path.parent):  # Path.is_dir() raises if it may not look
                 raise ResearchError(
-                    f"{key}: there is no folder {path.parent}. Create or correct it."
+                    f"there is no folder {path.parent} for the database. Create or correct it."
                 )
             url = URL.create("sqlite", database=str(path), query={"timeout": "30"})
             return url, f"SQLite {path.name}"
