@@ -361,6 +361,8 @@ class ModelInStep(WrapperModel):
             names = [key for key, name in MODEL_BY_KEY.items() if name.startswith(self.system)]
             told = f"the provider refused the API key: check {' '.join(names) or 'it'} in .env"
             return ai_error.ModelAuthenticationError(self.model_name, told)
+        if isinstance(error, ai_error.ModelHTTPError) and error.status_code == 413:
+            return ai_error.ModelContextWindowExceededError(self.model_name, "413: too much text")
         if isinstance(error, ai_error.ModelConnectionError):
             address = urlsplit(self.base_url or "").netloc.rpartition("@")[2]
             return type(error)(self.model_name, f"{error.message} ({address})")

@@ -130,7 +130,13 @@ def test_a_model_that_repeats_such_an_answer_costs_one_rerun_more(
 
 @pytest.mark.parametrize(
     ("script", "rerun"),
-    [(["400"], 0), (["422"], 0), (["too long"], 0), (["answer", "too long"], 2)],
+    [
+        (["400"], 0),
+        (["422"], 0),
+        (["too long"], 0),
+        (["answer", "too long"], 2),
+        (["answer", "413"], 2),
+    ],
 )
 def test_a_refusal_that_no_rerun_could_mend_names_the_way_out(
     sqlite_app: App, provider: Provider, script: list[str], rerun: int
