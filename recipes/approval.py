@@ -21,6 +21,8 @@ Traps:
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 
 import sqlalchemy
 from dbos import DBOS
@@ -36,9 +38,8 @@ from tools import Brief, ResearchError, print_line
 if __name__ == "__main__":
     # Run with -m, this file is `__main__`, and no other program could load what is stored of its
     # types. So it imports itself by its own name, before anything is defined.
-    from recipes import approval
-
-    sys.exit(agent.run_command(approval.main))
+    name = __spec__.name if __spec__ else Path(__file__).stem
+    sys.exit(agent.run_command(import_module(name).main))
 
 PATIENCE = 30 * 24 * 3600
 """Seconds for which a run waits for an answer. Then none means no."""

@@ -16,6 +16,8 @@ Traps:
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 
 import httpx2
 from dbos import DBOS
@@ -31,9 +33,8 @@ from tools import Brief, FinancialMetrics, MalformedPayloadError, ResearchError
 if __name__ == "__main__":
     # Run with -m, this file is `__main__`, and no other program could load what is stored of its
     # types. So it imports itself by its own name, before anything is defined.
-    from recipes import own_tool
-
-    sys.exit(agent.run_command(own_tool.main))
+    name = __spec__.name if __spec__ else Path(__file__).stem
+    sys.exit(agent.run_command(import_module(name).main))
 
 
 class UnavailableError(Exception):

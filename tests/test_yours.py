@@ -18,6 +18,7 @@ HEAD = '''"""Ask for the weather: `uv run -m mine Oslo`."""
 
 import asyncio
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from dbos import DBOS
@@ -32,9 +33,8 @@ from tools import Brief
 if __name__ == "__main__":
     # Run with -m, this file is `__main__`, and no other program could load what is stored of its
     # types. So it imports itself by its own name, before anything is defined.
-    import mine
-
-    sys.exit(agent.run_command(mine.main))
+    name = __spec__.name if __spec__ else Path(__file__).stem
+    sys.exit(agent.run_command(import_module(name).main))
 
 '''
 FOOT = '''
@@ -122,6 +122,10 @@ def test_a_project_with_another_question_tool_and_type_is_checked_runs_is_killed
     tmp_path: Path,
 ) -> None:
     mine = build(tmp_path)
+    with start(mine, "Acme") as as_copied:
+        assert as_copied.communicate()[1].startswith("error: METRICS_URL is not set")
+    own_tool = (mine / "mine.py").read_text()
+    assert HEAD[HEAD.index("if __name__") :].strip() in own_tool
     copied = {path.name for path in mine.iterdir()}
     assert {"agent.py", "config.py", "tools.py", "mine.py", "pyproject.toml"} <= copied
     (mine / "mine.py").write_text(HEAD + WEATHER + FOOT)
