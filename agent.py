@@ -4,11 +4,11 @@
     uv run agent.py "Acme" --crash     # die by SIGKILL in the middle of the flaky tool
     uv run agent.py "Acme"             # the same run resumes after its last checkpoint
 
-The promise: run the same command again, whatever happened, and the same run moves on to its end. A
-step whose result is stored is never executed again. (One exception: if the model's last answer
-cannot be used, it is dropped, with the steps that followed it.) A step that is killed before its
-result is stored is executed again from its start, even if its work was done. So a tool that acts on
-the outside world needs a key: see `idempotency_key()` in tools.py.
+The promise: after a crash, an interruption or a failure, run the same command again, and the same
+run moves on to its end. A step whose result is stored is never executed again. (One exception: if
+the model's last answer cannot be used, it is dropped, with the steps that followed it.) A step that
+is killed before its result is stored is executed again from its start, even if its work was done.
+So a tool that acts on the outside world needs a key: see `idempotency_key()` in tools.py.
 
 Read this file from the top. `build_agent()` makes an agent durable. `research()` looks in which
 state a run is, and lets `prepare()` put it into a queue. An `Executor` is this process, in which
@@ -19,19 +19,19 @@ DBOS stores each run (a "workflow") and the result of each step (its "checkpoint
 ENQUEUED until a process takes it from its queue, then PENDING, even if that process has died, and
 it ends as SUCCESS, ERROR, CANCELLED or MAX_RECOVERY_ATTEMPTS_EXCEEDED. To resume a run is to put it
 into a queue again: steps that have a checkpoint are not executed again. To rewind it is to delete
-the checkpoints from one step on, and then to resume it. A run is lost if DBOS has stopped executing
-it, and has not stored that it has ended: it stays PENDING, although its process lives.
+the checkpoints from one step on, and then to resume it. A run is lost if DBOS has given it up
+without storing an end: it stays PENDING, although its process lives.
 
-Why a queue? Be a run new, interrupted or failed: this program only writes into the database that it
-waits in a queue, and DBOS executes it from there, each time in the same way. Each process has its
-own queue, so that a run is executed by the process that holds its lock.
+Why a queue? Whether a run is new, interrupted or failed, this program only marks it as waiting in a
+queue. DBOS executes it from there, always in the same way. Each process has its own queue, so that
+the process that holds the run's lock executes the run.
 
-There are two kinds of locks: locked files beside a SQLite file, or advisory locks of Postgres. Both
-are freed when their process dies.
-- A run's lock: who holds it may put the run into a queue. `research()` takes it before it looks at
-  anything, and lets go of it when it returns or raises. A cut connection frees it, too.
-- A process's lock, named by its executor ID: the process lives. It is taken before DBOS can take a
-  run in this process, and held until the process dies.
+There are two locks: with SQLite each is a locked file, with Postgres an advisory lock. Both are
+freed when their process dies. On Postgres, a cut connection frees a run's lock, too.
+- A run's lock says: I may put this run into a queue. `research()` takes it before it looks at
+  anything, and lets go of it when it returns or raises.
+- A process's lock, named by its executor ID, says: this process lives. It is taken before DBOS can
+  take a run in this process, and held until the process dies.
 """
 
 import argparse
@@ -99,9 +99,9 @@ def build_agent(
         return DBOSAgent(
             agent,
             model_step_config=MODEL_STEP,
-            # One tool at a time, so that steps finish in the order of their numbers. To rewind a
-            # failed run deletes the failed step and all later ones. With tools in parallel, one of
-            # those could have finished, and would be executed twice.
+            # One tool at a time, so that steps finish in the order of their numbers. Rewinding a
+            # run deletes the failed step and all later ones. With tools in parallel, a later one
+            # could have finished, and would be executed twice.
             parallel_execution_mode="sequential",
         )
 
@@ -303,7 +303,7 @@ class Executor:
                     "run_migrations": False,  # open_database() has done it
                 }
             )
-            # A process that does not say so takes runs from every queue, also from ours.
+            # Without this line, this process would take runs from the queues of others, too.
             DBOS.listen_queues([self.queue])
             try:
                 DBOS.launch()
