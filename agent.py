@@ -12,19 +12,18 @@ So a tool that acts on the outside world needs a key: see `idempotency_key()` in
 
 Read this file from the top. `build_agent()` makes an agent durable. `research()` looks in which
 state a run is, and lets `prepare()` put it into a queue. An `Executor` is this process, in which
-DBOS takes the run from that queue and executes it. Then come details, output, the command line. For
+DBOS takes the run from that queue and executes it. The rest is details, output and the command. For
 an agent of your own you write a `Brief` and tools, as in recipes/own_tool.py; this file stays.
 
 DBOS stores each run (a "workflow") and the result of each step (its "checkpoint"). A run is
 ENQUEUED until a process takes it from its queue, then PENDING, even if that process has died, and
-it ends as SUCCESS, ERROR, CANCELLED or MAX_RECOVERY_ATTEMPTS_EXCEEDED. To resume a run is to put it
-into a queue again: steps that have a checkpoint are not executed again. To rewind it is to delete
-the checkpoints from one step on, and then to resume it. A run is lost if DBOS has given it up
-without storing an end: it stays PENDING, although its process lives.
+it ends as SUCCESS, ERROR, CANCELLED or MAX_RECOVERY_ATTEMPTS_EXCEEDED. Resuming a run puts it into
+a queue again; steps that have a checkpoint are not executed again. Rewinding it first deletes the
+checkpoints from one step on. A run that DBOS has given up without storing an end is lost: it stays
+PENDING, although its process lives.
 
-Why a queue? Whether a run is new, interrupted or failed, this program only marks it as waiting in a
-queue. DBOS executes it from there, always in the same way. Each process has its own queue, so that
-the process that holds the run's lock executes the run.
+Why a queue? Be a run new, interrupted or failed, this program only marks it as waiting in a queue.
+DBOS executes it from there. Each process has its own queue: who holds the run's lock executes it.
 
 There are two locks: with SQLite each is a locked file, with Postgres an advisory lock. Both are
 freed when their process dies. On Postgres, a cut connection frees a run's lock, too.
@@ -58,6 +57,7 @@ from pydantic_ai import exceptions as ai_error
 from pydantic_ai import messages as ai
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.durable_exec.dbos import DBOSAgent, StepConfig
+from pydantic_core import PydanticSerializationError
 
 import config
 import tools
@@ -405,23 +405,28 @@ def refuse_other_code(run: WorkflowStatus) -> None:
 def find_failure(run: WorkflowStatus, steps: list[StepInfo]) -> tuple[int, object] | None:
     """Return the number of the step from which a failed run must go on, and the error."""
     asked = [step["function_id"] for step in steps if step["function_name"] == MODEL_REQUEST]
-    for step in steps:
-        number, error = step["function_id"], step["error"]
-        # A ModelRetry is not a failure: it went back to the model, which has dealt with it.
-        if error is not None and not isinstance(error, ModelRetry):
-            earlier = [request for request in asked if request < number]
-            if number in asked and earlier and is_refused_for_content(error):
-                # What the provider refuses is in the history, so each later request would fail.
-                return earlier[-1], error
-            return number, error
+    number = max((step["function_id"] for step in steps), default=0)
+    # Tools run one after the other. So an error that a later step follows was dealt with, by the
+    # code of a tool that catches it.
+    error = next((step["error"] for step in steps if step["function_id"] == number), None)
+    # A ModelRetry is not a failure: it went back to the model, which has dealt with it.
+    if error is not None and not isinstance(error, ModelRetry):
+        earlier = [request for request in asked if request < number]
+        if number in asked and earlier and is_refused_for_content(error):
+            # What the provider refuses is in the history, so each later request would fail.
+            return earlier[-1], error
+        return number, error
     if run.status != "ERROR":
         return None
     # No step failed. If the run gave up on the model's answers, or could not write them down, ask
     # the model again: its last answer, and what that led to, is dropped. If the run failed between
-    # steps, for example because the disk was full, keep them all.
-    if isinstance(run.error, ai_error.AgentRunError | ValueError | TypeError):
+    # steps, for example by a bug in a tool that calls steps, keep them all.
+    unwritable = isinstance(run.error, UnicodeError | PydanticSerializationError)
+    if number in (0, *asked):  # nothing has followed the answer
+        unwritable = isinstance(run.error, ValueError | TypeError)
+    if unwritable or isinstance(run.error, ai_error.AgentRunError):
         return max(asked, default=1), run.error
-    return max((step["function_id"] for step in steps), default=0) + 1, run.error
+    return number + 1, run.error
 
 
 def is_refused_for_content(error: object) -> bool:

@@ -574,7 +574,8 @@ class FileLocks:
         for old in self.folder.iterdir():  # remove the files of processes that have died
             with suppress(Timeout, OSError), FileLock(old, blocking=False):
                 old.unlink()
-        self.take(executor_id)
+        while not self.take(executor_id):  # another process that starts may be looking at the file
+            time.sleep(0.01)
         return {}
 
     def is_dead(self, executor_id: str) -> bool:  # noqa: D102

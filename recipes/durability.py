@@ -20,6 +20,7 @@ from typing import Any
 
 from dbos import DBOS
 from pydantic_ai import Agent, ModelSettings
+from pydantic_ai import messages as ai
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.durable_exec.dbos import DBOSDurability
 from pydantic_ai.run import AgentRunResult
@@ -50,8 +51,10 @@ def build(
     )
 
     @DBOS.workflow(name=config.WORKFLOW_NAME)
-    async def run(prompt: str, *, deps: None = None) -> AgentRunResult[Any]:
-        return await research_agent.run(prompt, deps=deps)
+    async def run(
+        prompt: str, *, deps: None = None, message_history: list[ai.ModelMessage] | None = None
+    ) -> AgentRunResult[Any]:
+        return await research_agent.run(prompt, deps=deps, message_history=message_history)
 
     return research_agent
 

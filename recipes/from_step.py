@@ -61,9 +61,7 @@ class Fork(ResearchRequest):
         )
         steps = client.list_workflow_steps(self.base_id)
         if not runs or self.step not in [step["function_id"] for step in steps]:
-            raise ResearchError(
-                f"there is no step {self.step} in run {self.base_id}: see recipes.runs."
-            )
+            raise ResearchError(f"there is no step {self.step} in run {self.base_id}.")
         agent.refuse_other_code(runs[0])
         copied = [step for step in steps if step["function_id"] < self.step]
         BRIEF.refuse_unreadable(self.base_id, copied)

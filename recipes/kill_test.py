@@ -113,16 +113,24 @@ def find_repeats(before: Look, now: Look, parallel: bool) -> list[str]:
     return found
 
 
+class UnfinishedError(Exception):
+    """The command does not bring its runs to their ends."""
+
+
 def execute(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
     """Run the command, and kill its process group after that time; return exit code and output."""
-    with subprocess.Popen(  # noqa: S603 - it is the reader's own command
-        command,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as process:
+    try:
+        process = subprocess.Popen(  # noqa: S603 - it is the reader's own command
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UnfinishedError(f"it cannot be started: {error}") from None
+    with process:
         try:
             output, _ = process.communicate(timeout=seconds)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as end:
@@ -131,10 +139,6 @@ def execute(command: list[str], environment: dict[str, str], seconds: float) -> 
             if isinstance(end, KeyboardInterrupt):
                 raise
     return process.returncode, output.decode(errors="replace")
-
-
-class UnfinishedError(Exception):
-    """The command does not bring its runs to their ends."""
 
 
 def play(
@@ -146,7 +150,7 @@ def play(
         The moments of the kills, in seconds; the repeats; and what is there at the end.
     """
     name, now, moments, found = uuid.uuid4().hex[:8], Look(), list[str](), list[str]()
-    url = options.database.format(name) or f"sqlite:///{folder}/{name}.sqlite"
+    url = options.database.replace("{}", name) or f"sqlite:///{folder}/{name}.sqlite"
     bill = Path(folder, f"{name}.bill")
     environment = {options.database_variable: url, options.bill_variable: str(bill)}
     code, failures = -1, 0
@@ -181,13 +185,20 @@ def main() -> int:
     parser.add_argument("--database", default="", metavar="URL", help=DATABASE)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
+    if options.database and "{}" not in options.database:
+        parser.error("--database needs {} in its name: each round has a database of its own")
     kills = runs = repeats = 0
     with tempfile.TemporaryDirectory() as folder:
         try:
             start = time.monotonic()
-            alone = len(+play(options, folder)[2].acted)
-            length = time.monotonic() - start
+            first = play(options, folder)[2]
+            alone, length = len(+first.acted), time.monotonic() - start
+            if not first.finished:  # then nothing could be judged
+                name = options.database_variable
+                raise UnfinishedError(f"it stores no step in the database that {name} names.")
             print(f"Undisturbed, it takes {length:.1f} s, and {alone} keys act.", flush=True)
+            if not alone:
+                print("So only checkpoints are judged: no file of side effects was written.")
             while kills < options.kills:
                 most = min(KILLS, options.kills - kills)
                 moments, found, left = play(options, folder, most, length)

@@ -179,7 +179,7 @@ def unseen(steps: list[StepInfo], seen: str) -> list[StepInfo]:
     number, _, moment = seen.partition("-")
     if any(event_id(step) == seen for step in steps):
         return [step for step in steps if step["function_id"] > int(number)]
-    since = int(moment) if moment.isdecimal() else 0
+    since = int(moment) if moment.isdecimal() and len(moment) < 20 else 0
     return [step for step in steps if (step["completed_at_epoch_ms"] or 0) > since]
 
 

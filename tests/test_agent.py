@@ -58,6 +58,20 @@ def test_a_run_that_failed_on_the_models_answers_drops_the_last_one(error: Excep
     assert find_failure(run("ERROR", error), []) == (1, error)
 
 
+def test_an_error_that_a_tools_code_has_caught_fails_no_run() -> None:
+    caught = [step(1, MODEL), step(2, "primary", TimeoutError()), step(3, "backup")]
+    assert find_failure(run("PENDING"), caught) is None
+    assert find_failure(run("PENDING"), caught[:2]) == (2, caught[1]["error"])
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), TypeError()])
+def test_a_bug_in_a_tool_that_calls_steps_drops_none_of_them(error: Exception) -> None:
+    steps = [step(1, MODEL), step(2, "start_job"), step(3, "is_done")]
+    assert find_failure(run("ERROR", error), steps) == (4, error)
+    unwritable = UnicodeEncodeError("utf-8", "", 0, 1, "")
+    assert find_failure(run("ERROR", unwritable), steps) == (1, unwritable)
+
+
 def refusal(
     category: type[ai_error.ModelQuotaExceededError] | type[ai_error.ModelRequestRejectedError],
 ) -> ModelHTTPError:

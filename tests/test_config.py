@@ -348,3 +348,18 @@ def test_unfit_text_is_refused(text: str, told: str) -> None:
 def test_fit_text_loses_its_stray_spaces_only() -> None:
     assert clean_text("it", "  Nestlé   S.A. ") == "Nestlé S.A."
     assert clean_text("it", "ab\u200cc") == "ab\u200cc"
+
+
+def test_a_process_holds_its_lock_even_if_another_one_looks_at_the_file_meanwhile(
+    tmp_path: Path,
+) -> None:
+    """Another process that starts removes the files that nobody holds, and holds each for that."""
+    mine, other = config.FileLocks(tmp_path), config.FileLocks(tmp_path)
+    assert other.take("host:1:2")
+    letting_go = threading.Timer(0.1, other.free, ["host:1:2"])
+    letting_go.start()
+    mine.show_that_this_process_lives("host:1:2")
+    letting_go.join()
+    assert mine.is_held("host:1:2")
+    assert other.is_dead("host:1:2") is False
+    mine.free("host:1:2")

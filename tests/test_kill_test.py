@@ -160,6 +160,21 @@ def test_a_broken_program_is_caught(broken: str, found: str, tmp_path: Path) -> 
     assert re.search(found, printed), printed
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--", "/nowhere/command"], "error: it cannot be started: "),
+        (["--", "true"], "error: it stores no step in the database that DBOS_SYSTEM_DATABASE_URL"),
+        (["--database", "postgresql://localhost/same", "--", "true"], "--database needs {}"),
+    ],
+)
+def test_a_command_that_cannot_be_judged_does_not_pass(words: list[str], told: str) -> None:
+    done = kill(RECIPE, 1, *words)
+    assert done.returncode in (1, 2)
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_app_passes() -> None:
     command = [sys.executable, str(PROJECT / "agent.py"), "Acme"]
     done = kill(RECIPE, 4, "--", *command, DEMO_LATENCY="0.5")

@@ -318,3 +318,80 @@ BRIEF = Brief(
     assert again.returncode == 0, stderr
     assert "resumes at step 1." in " ".join(stdout.split())
     assert [line.split()[0] for line in lines_of(mine / "outbox.log")] == ["a", "b", "c"]
+
+
+def test_a_bug_and_an_error_that_is_caught_in_a_tool_of_several_steps_repeat_none_of_them(
+    tmp_path: Path,
+) -> None:
+    mine = build(tmp_path)
+    tool = '''
+HERE = Path(__file__).parent
+
+
+class DownError(Exception):
+    """The first service is down."""
+
+
+def note(line: str) -> None:
+    """Tell that a step was executed."""
+    with (HERE / "steps.log").open("a") as lines:
+        lines.write(line + "\\n")
+
+
+@DBOS.step()
+async def ask_first(company_name: str) -> str:
+    """Fail."""
+    raise DownError("down")
+
+
+@DBOS.step()
+async def ask_second(company_name: str) -> str:
+    """Answer in place of the first one."""
+    note("second")
+    return "95 %"
+
+
+@DBOS.step()
+async def file_it(company_name: str) -> str:
+    """Wait to be killed, in the first life."""
+    note("file")
+    while not (HERE / "open").exists():  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    return company_name
+
+
+async def rate(company_name: str) -> str:
+    """Rate a company."""
+    try:
+        rating = await ask_first(company_name)
+    except DownError:
+        rating = await ask_second(company_name)
+    await file_it(company_name)
+    if not (HERE / "mended").exists():
+        int(rating)  # the bug
+    return rating
+
+
+BRIEF = Brief(
+    instructions="Call every tool.",
+    tools=[*tools.BRIEF.tools, rate],
+    output_type=tools.ResearchReport,
+    recipe="mine",
+)
+'''
+    (mine / "mine.py").write_text(HEAD + tool + FOOT)
+    with start(mine, "Acme") as killed:
+        wait_for(lambda: "file" in lines_of(mine / "steps.log"), "the last step")
+        killed.kill()
+        killed.communicate()
+    (mine / "open").touch()
+    with start(mine, "Acme") as failed:
+        stdout, stderr = failed.communicate()
+    assert "interrupted, resumes after 4 finished steps" in " ".join(stdout.split())
+    assert "ValueError: invalid literal" in stderr
+    (mine / "mended").touch()
+    with start(mine, "Acme") as mended:
+        stdout, stderr = mended.communicate()
+    assert mended.returncode == 0, stderr
+    assert lines_of(mine / "steps.log") == ["second", "file", "file"], "one was killed in flight"
+    assert len(lines_of(mine / "service.log")) == 2
