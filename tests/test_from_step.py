@@ -185,7 +185,7 @@ def test_what_cannot_be_forked_is_an_error_and_nothing_is_stored(app: App) -> No
     app.rows("DELETE FROM {dbos}queues")  # that of the killed one
     before, ledger = stored(app), app.ledger()
     for arguments, told in [
-        (["Acme", "0"], f"there is no step 0 in run {run_id(app, 'Acme')}: see recipes.runs."),
+        (["Acme", "0"], f"there is no step 0 in run {run_id(app, 'Acme')}."),
         (["Acme", "-1"], "there is no step -1"),
         (["Acme", "5"], "there is no step 5"),
         (["Killed", "3"], "there is no step 3"),
