@@ -76,7 +76,7 @@ def build_agent(
 ) -> DBOSAgent[None, Any]:
     """Build the durable agent, which registers its `run()` as a DBOS workflow.
 
-    No line of this project calls `agent.run()`. DBOS does, on an event loop in a thread of its own,
+    No line of this file calls `agent.run()`. DBOS does, on an event loop in a thread of its own,
     when it takes a run from the queue of this process; and again, from the top, when the run is
     resumed. `DBOSAgent` makes each model request a step. A tool is a step because of the
     `@DBOS.step` above it in tools.py, and for no other reason. Without that line, it would be
@@ -170,7 +170,7 @@ def prepare(
     |---|---|
     | not stored | enqueued: DBOS takes it from the queue, and calls `agent.run(prompt)` |
     | of another version, or its checkpoints do not fit today's types | refused |
-    | failed, or one of its steps has failed | rewound to where it failed, and resumed there |
+    | failed, or its last step has failed | rewound to where it failed, and resumed there |
     | interrupted, lost, cancelled, in another queue, or at DBOS's limit of attempts | resumed |
 
     Raises:

@@ -354,12 +354,21 @@ def test_a_process_holds_its_lock_even_if_another_one_looks_at_the_file_meanwhil
     tmp_path: Path,
 ) -> None:
     """Another process that starts removes the files that nobody holds, and holds each for that."""
-    mine, other = config.FileLocks(tmp_path), config.FileLocks(tmp_path)
+    tried = threading.Event()
+
+    class Watched(config.FileLocks):
+        def take(self, name: str) -> bool:
+            taken = super().take(name)
+            tried.set()
+            return taken
+
+    mine, other = Watched(tmp_path), config.FileLocks(tmp_path)
     assert other.take("host:1:2")
-    letting_go = threading.Timer(0.1, other.free, ["host:1:2"])
-    letting_go.start()
-    mine.show_that_this_process_lives("host:1:2")
-    letting_go.join()
+    start = threading.Thread(target=mine.show_that_this_process_lives, args=["host:1:2"])
+    start.start()
+    assert tried.wait(10)
+    other.free("host:1:2")
+    start.join()
     assert mine.is_held("host:1:2")
     assert other.is_dead("host:1:2") is False
     mine.free("host:1:2")
