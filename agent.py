@@ -128,9 +128,8 @@ def research(executor: "Executor", request: ResearchRequest) -> "Finished":
             another call resumes the run.
     """
     run_id, prepared, waiting = request.run_id, list[Prepared](), Waiting(executor)
-    # A second process or thread that is asked for the same run waits here for the run's lock. When
-    # it has the lock, it goes on by the same code: whatever the first has left, the look below
-    # finds it.
+    # A second process or thread that is asked for the same run waits here. When it gets the lock,
+    # it goes on by the same code: whatever the first has left, the look below finds it.
     with waiting.for_lock(run_id):
         while True:
             with waiting.while_the_database_is_away():  # after it, the loop looks again
@@ -148,7 +147,9 @@ def research(executor: "Executor", request: ResearchRequest) -> "Finished":
                 elif waiting.still_has_lock(run_id):
                     prepared.append(prepare(executor, request, run))
                     tell_found(executor, request, prepared[-1].found)
-                    executor.launch()  # only now: a launch before the queue is there costs a second
+                    while not executor.launched:  # not earlier: DBOS looks for queues as it starts
+                        with waiting.while_the_database_is_away():
+                            executor.launch()
     report = executor.brief.read_report(run_id, run.output)
     if not prepared:
         tell_found(executor, request, "finished earlier, so its stored report is replayed")

@@ -122,22 +122,26 @@ def test_the_same_program_resumes_a_run_that_has_failed_in_it(app: App) -> None:
     assert app.repeated() == []
 
 
-def test_a_launch_that_failed_can_be_tried_again(app: App) -> None:
+def test_a_launch_that_failed_is_tried_again_and_the_run_is_prepared_once(app: App) -> None:
     program = """
     from dbos import DBOS
     from sqlalchemy.exc import OperationalError
     launch, tries = DBOS._launch, []
-    def fail_once(self):
+    def fail_twice(self):
         tries.append(1)
-        if len(tries) == 1:
+        if len(tries) < 3:
             self._launched = True  # as the real one leaves it
             raise OperationalError("SELECT 1", {}, Exception("the server is starting up"))
         return launch(self)
-    DBOS._launch = fail_once
+    DBOS._launch = fail_twice
+    tools.output.show = "one run"
     executor = Executor(config.load_settings())
     print(research(executor, executor.request("Acme")).report.company_name, len(tries))
     """
-    assert run(app, program).splitlines()[-1] == "Acme 2"
+    printed = run(app, program)
+    assert printed.splitlines()[-1] == "Acme 3"
+    assert printed.count("Process ") == 1, "what was found is told once"
+    assert printed.count("the database does not answer, so this waits") == 1
     assert len(app.ledger("effect")) == 4
 
 
