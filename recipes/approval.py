@@ -19,7 +19,7 @@ Traps:
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,7 @@ from pathlib import Path
 import sqlalchemy
 from dbos import DBOS
 from pydantic_ai import DeferredToolRequests, DeferredToolResults, RunContext, Tool, ToolDenied
+from pydantic_ai import messages as ai
 from pydantic_ai.capabilities import HandleDeferredToolCalls
 
 import agent
@@ -62,18 +63,29 @@ async def notify_sales(company_name: str) -> str:
     return "sent"
 
 
-async def ask(_: RunContext[None], requests: DeferredToolRequests) -> DeferredToolResults:
+def name_of(call: ai.ToolCallPart, history: Sequence[object]) -> str:
+    """Name a call by its place in the history, too: a provider may use its own IDs once more.
+
+    What a provider sends as an ID could also be a command of the shell that the answer is typed in.
+    """
+    number = sum(isinstance(message, ai.ModelResponse) for message in history)
+    arguments = call.args_as_json_str()
+    return config.digest_of([f"{number}", call.tool_call_id, call.tool_name, arguments])
+
+
+async def ask(context: RunContext[None], requests: DeferredToolRequests) -> DeferredToolResults:
     """Wait until a person has answered each call that needs approval: code of the workflow."""
+    names = {call.tool_call_id: name_of(call, context.messages) for call in requests.approvals}
     for call in requests.approvals:
         question = f"may the model call {call.tool_name}({call.args_as_json_str()})?"
-        command = f"uv run -m recipes.approval --answer {DBOS.workflow_id} {call.tool_call_id}"
-        await DBOS.set_event_async(call.tool_call_id, question)  # so that other programs find it
+        name = names[call.tool_call_id]
+        await DBOS.set_event_async(name, question)  # so that other programs find it
         print_line(f"  {question}")
-        print_line(f"  answer: {command} yes")
+        print_line(f"  answer: uv run -m recipes.approval --answer {DBOS.workflow_id} {name} yes")
         print_line("  or, in place of yes: no, and a reason")
     answers: dict[str, bool | ToolDenied] = {}
     for call in requests.approvals:
-        said = await DBOS.recv_async(call.tool_call_id, timeout_seconds=PATIENCE)
+        said = await DBOS.recv_async(names[call.tool_call_id], timeout_seconds=PATIENCE)
         denied = ToolDenied(f"A person says no: {said or 'nobody has answered'}")
         answers[call.tool_call_id] = True if said is True else denied
         print_line("  the answer is yes" if said is True else f"  {denied.message}")

@@ -102,15 +102,16 @@ def why_left_alone(run: WorkflowStatus, living: set[str]) -> str:
 
 
 def find_question(executor: Executor, run: WorkflowStatus) -> str:
-    """Return the ID of the tool call that waits for a person's answer; "" if none does."""
+    """Return the name of the tool call that waits for a person's answer; "" if none does."""
     if run.status not in OPEN:
         return ""
     outputs = [step["output"] for step in executor.client.list_workflow_steps(run.workflow_id)]
     answers = [answer for answer in outputs if isinstance(answer, ai.ModelResponse)]
-    for call in (call.tool_call_id for answer in answers[-1:] for call in answer.tool_calls):
-        asked = executor.client.get_event(run.workflow_id, call, timeout_seconds=0)
-        if asked and not approval.is_answered(executor.settings, run.workflow_id, call):
-            return call
+    for call in (call for answer in answers[-1:] for call in answer.tool_calls):
+        name = approval.name_of(call, answers)
+        asked = executor.client.get_event(run.workflow_id, name, timeout_seconds=0)
+        if asked and not approval.is_answered(executor.settings, run.workflow_id, name):
+            return name
     return ""
 
 

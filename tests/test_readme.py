@@ -39,7 +39,8 @@ def masked(text: str) -> str:
     # Joined, because a longer number folds a paragraph at another place.
     text = " ".join(" ".join(lines).split())
     text = re.sub(r"(ran )\d+\.\d|(seconds )\d+\.\d", r"\1\2#", text)
-    text = re.sub(r"Process \d+|pyd_ai_[0-9a-f]+", "NUMBER", text)
+    text = re.sub(r"(--answer \S+ )[0-9a-f]{16}", r"\1NUMBER", text)
+    text = re.sub(r"Process \d+", "NUMBER", text)
     return re.sub(r"[^\s:]+:\d+:[0-9a-f]{8}", "EXECUTOR", text)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import PROJECT, App, Process, wait_for
+from provider import COMPANY, Provider, tool_calls
 
 FILES = ("agent.py", "config.py", "tools.py")
 # What is only DBOS's, and has no unixepoch() of ours, fails here: see the README's limits.
@@ -430,6 +431,24 @@ def test_only_the_first_answer_to_a_call_counts_and_the_second_is_told_so(app: A
     assert "  A person says no: never\n" in finished.stdout
     assert told in refusal(answer(app, *question, "yes")), "received"
     assert outbox(app) == []
+
+
+def test_a_call_id_that_a_provider_uses_again_is_another_question(
+    sqlite_app: App, provider: Provider
+) -> None:
+    """And what a provider puts into it does not reach the command that a person copies."""
+    again = tool_calls(("notify_sales", json.dumps(COMPANY)))
+    again["choices"][0]["message"]["tool_calls"][0]["id"] = "x; touch pwned #"
+    provider.custom, provider.script = again, ["custom", "custom"]
+    process, question = start_approval(sqlite_app, **provider.environment)
+    assert all(re.fullmatch("[a-z0-9-]+", word) for word in question)
+    assert answer(sqlite_app, *question, "no").wait() == 0
+    wait_for(lambda: process.stdout.count("  answer: ") == 2, "the next question")
+    line = process.stdout.rpartition("  answer: uv run -m recipes.approval ")[2]
+    assert line.split()[2] != question[2]
+    assert answer(sqlite_app, *line.split()[:3], "yes").wait() == 0
+    assert process.wait() == 0, process.stderr
+    assert len(outbox(sqlite_app)) == 1
 
 
 def test_an_answer_that_nothing_waits_for_is_told_so(app: App) -> None:
