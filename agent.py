@@ -18,9 +18,8 @@ an agent of your own you write a `Brief` and tools, as in recipes/own_tool.py; t
 DBOS stores each run (a "workflow") and the result of each step (its "checkpoint"). A run is
 ENQUEUED until a process takes it from its queue, then PENDING, even if that process has died, and
 it ends as SUCCESS, ERROR, CANCELLED or MAX_RECOVERY_ATTEMPTS_EXCEEDED. Resuming a run puts it into
-a queue again; steps that have a checkpoint are not executed again. Rewinding it first deletes the
-checkpoints from one step on. A run that DBOS has given up without storing an end is lost: it stays
-PENDING, although its process lives.
+a queue again; steps with a checkpoint are not executed again. Rewinding it first deletes the
+checkpoints from one step on. A run is lost if DBOS gives it up and stores no end: it stays PENDING.
 
 Why a queue? Be a run new, interrupted or failed, this program only marks it as waiting in a queue.
 DBOS executes it from there. Each process has its own queue: who holds the run's lock executes it.
@@ -52,6 +51,7 @@ from typing import Any, cast
 
 from dbos import DBOS, StepInfo, WorkflowStatus
 from dbos import error as dbos_error
+from pydantic import BaseModel
 from pydantic_ai import Agent, ModelRetry, ModelSettings
 from pydantic_ai import exceptions as ai_error
 from pydantic_ai import messages as ai
@@ -540,10 +540,10 @@ def tell_found(executor: Executor, request: ResearchRequest, found: str) -> None
 
 
 def print_report(report: Any) -> None:
-    """Print a report, field by field."""
+    """Print a report, field by field if it has fields."""
     print_line("")
-    for name, value in report:
-        text = "; ".join(value) if isinstance(value, list) else str(value)
+    for name, value in report if isinstance(report, BaseModel) else [("answer", report)]:
+        text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
         print_wrapped(f"{name:<24}{text}", indent=24)
 
 

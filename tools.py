@@ -449,7 +449,10 @@ async def offline_script(messages: list[ai.ModelMessage], info: AgentInfo) -> ai
     await asyncio.sleep(service.latency)
     parts = [part for message in messages for part in message.parts]
     prompt = next(str(part.content) for part in parts if isinstance(part, ai.UserPromptPart))
-    company = prompt[prompt.index('"') + 1 : prompt.rindex('"')]
+    company = prompt.partition('"')[2].rpartition('"')[0]
+    unknown = ResearchError("the offline script knows only its own question: see Brief.stand_in")
+    if not company:
+        raise unknown
     facts: dict[str, Any] = {
         part.tool_name: part.content
         for part in parts
@@ -459,8 +462,11 @@ async def offline_script(messages: list[ai.ModelMessage], info: AgentInfo) -> ai
         calls = [ai.ToolCallPart(name, {"company_name": company}) for name in missing]
         return ai.ModelResponse(parts=calls)
     # By their types, because a tool of yours may have another name.
-    overview = next(fact for fact in facts.values() if isinstance(fact, CompanyOverview))
-    metrics = next(fact for fact in facts.values() if isinstance(fact, FinancialMetrics))
+    overviews = [fact for fact in facts.values() if isinstance(fact, CompanyOverview)]
+    figures = [fact for fact in facts.values() if isinstance(fact, FinancialMetrics)]
+    if not (overviews and figures and info.output_tools):
+        raise unknown
+    overview, metrics = overviews[0], figures[0]
     report = ResearchReport(
         **metrics.model_dump(),
         industry=overview.industry,

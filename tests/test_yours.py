@@ -207,6 +207,39 @@ def test_with_its_own_brief_in_tools_the_recipes_execute_another_agent(tmp_path:
     assert len(lines_of(mine / "window.log")) == 3
 
 
+def test_a_question_of_another_kind_needs_its_script_and_a_text_is_an_answer_too(
+    tmp_path: Path,
+) -> None:
+    mine = build(tmp_path)
+    kind = """
+async def stand_in(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.ModelResponse:
+    \"\"\"Answer in place of a model.\"\"\"
+    return ai.ModelResponse(parts=[ai.TextPart("No coat.")])
+
+
+BRIEF = Brief(
+    question="Do I need a coat in {company}?",
+    instructions="Give advice.",
+    tools=tools.BRIEF.tools,
+    output_type=str,
+    recipe="mine",
+    stand_in=stand_in,
+)
+"""
+    (mine / "mine.py").write_text(HEAD + kind.replace("    stand_in=stand_in,\n", "") + FOOT)
+    with start(mine, "Oslo") as without:
+        told = without.communicate()[1]
+    assert "the offline script knows only its own question: see Brief.stand_in" in told
+    assert without.returncode == 1
+    assert not (mine / "service.log").exists(), "no tool was called"
+    (mine / "mine.py").write_text(HEAD + kind + FOOT)
+    for _ in range(2):
+        with start(mine, "Oslo") as done:
+            stdout, stderr = done.communicate()
+        assert done.returncode == 0, stderr
+        assert "answer                  No coat.\n" in stdout
+
+
 def test_a_tool_that_takes_long_is_killed_while_it_waits_and_starts_its_job_once(
     tmp_path: Path,
 ) -> None:
