@@ -432,11 +432,10 @@ def find_failure(run: WorkflowStatus, steps: list[StepInfo]) -> tuple[int, objec
 
 def is_refused_for_content(error: object) -> bool:
     """Tell whether a provider has refused what it was sent: not its size, the key or the model."""
-    return (
-        isinstance(error, ai_error.ModelHTTPError)
-        and error.status_code in (400, 422)
-        and not isinstance(error, OTHER_REFUSALS)
+    refused = isinstance(error, ai_error.ModelRequestRejectedError) or (
+        isinstance(error, ai_error.ModelHTTPError) and error.status_code in (400, 422)
     )
+    return refused and not isinstance(error, OTHER_REFUSALS)
 
 
 OTHER_REFUSALS = (
@@ -680,8 +679,14 @@ def run_command(command: Callable[[], int], verbose: bool = False) -> int:
             stream.reconfigure(errors="backslashreplace")
     for name in ("dbos", "psycopg"):  # without a handler, Python would print their warnings
         logging.getLogger(name).addHandler(logging.NullHandler())
+    if sys.stdout is None:
+        tools.output.error = OSError("it is closed")
     if verbose:
         logging.basicConfig(level=logging.INFO)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(ShownFormatter(logging.BASIC_FORMAT))
+        # It logs each request's address, and there may be a password in a base URL.
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         code = command()
         if tools.output.error and not isinstance(tools.output.error, BrokenPipeError):
@@ -691,17 +696,31 @@ def run_command(command: Callable[[], int], verbose: bool = False) -> int:
             )
         return code
     except (ResearchError, OSError) as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"error: {tools.shown(str(error))}", file=sys.stderr, flush=True)
+        told = traceback.format_exc() if verbose else ""
+        write_error(tools.shown(f"{told}error: {error}\n"))
         # Not returned: a thread of DBOS may wait for the database, for ever, and Python for it.
         os._exit(getattr(error, "exit_code", 2))
 
 
 def end_by_ctrl_c(*_: object) -> None:
     """Say that nothing is lost, and end before a thread of DBOS begins another step."""
-    os.write(2, b"\nInterrupted: what finished is stored. Run the same command to resume.\n")
+    write_error("\nInterrupted: what finished is stored. Run the same command to resume.\n")
     os._exit(130)
+
+
+def write_error(text: str) -> None:
+    """Write to standard error, if there is one: its number may be that of another file."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            os.write(2, text.encode(sys.stderr.encoding, "backslashreplace"))
+
+
+class ShownFormatter(logging.Formatter):
+    """Show control characters in the log: what a model or a service writes may be in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return tools.shown(super().format(record))
 
 
 if __name__ == "__main__":

@@ -273,6 +273,15 @@ class GarbledAnswerError(Exception):
     """The provider's answer cannot be read, or could not be sent back to it."""
 
 
+SHAPE_ERRORS = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What providers' clients raise for answers of another shape."""
 MODEL_RETRIES = tools.retry(
     transient=(
         ai_error.ModelAPIError,  # a rate limit, an overload, a cut connection, garbage
@@ -342,12 +351,14 @@ class ModelInStep(WrapperModel):
         print_in_step(f"asks the model {self.model_name}{tools.attempt()}")
         try:
             response = await super().request(messages, *settings_and_tools)
-            # An answer that cannot be written as JSON would make every later request fail.
-            ai.ModelMessagesTypeAdapter.dump_json([response])
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            # Providers' clients raise these for answers of another shape.
+            # An answer that cannot be written as JSON, or that holds another type than it should,
+            # would make every later request fail. So would an empty text, with some providers.
+            ai.ModelMessagesTypeAdapter.dump_json([response], warnings="error")
+            if response.text and not response.text.strip() and not response.tool_calls:
+                raise ValueError
+        except SHAPE_ERRORS as error:
             raise GarbledAnswerError(f"{type(error).__name__} in what the provider sent") from None
-        except ai_error.ModelAPIError as error:
+        except ai_error.AgentRunError as error:
             raise self._to_store(error) from None
         with suppress(AssertionError, LookupError, ValueError):  # its price is not known
             response.usage.cost = response.usage.cost or response.cost().total_price
@@ -355,7 +366,7 @@ class ModelInStep(WrapperModel):
             print_in_step(f"the model calls {call.tool_name}")
         return response
 
-    def _to_store(self, error: ai_error.ModelAPIError) -> ai_error.ModelAPIError:
+    def _to_store(self, error: ai_error.AgentRunError) -> ai_error.AgentRunError:
         """Return the error as DBOS may store it: with the address, and without the API key."""
         if isinstance(error, ai_error.ModelAuthenticationError):
             names = [key for key, name in MODEL_BY_KEY.items() if name.startswith(self.system)]
@@ -363,12 +374,21 @@ class ModelInStep(WrapperModel):
             return ai_error.ModelAuthenticationError(self.model_name, told)
         if isinstance(error, ai_error.ModelHTTPError) and error.status_code == 413:
             return ai_error.ModelContextWindowExceededError(self.model_name, "413: too much text")
+        if isinstance(error, ai_error.ModelHTTPError) and error.status_code == 451:
+            error = ai_error.ModelHTTPError.for_category(  # for its content: no retry helps
+                ai_error.ModelRequestRejectedError,
+                status_code=451,
+                model_name=self.model_name,
+                body=error.body,
+            )
         if isinstance(error, ai_error.ModelConnectionError):
             address = urlsplit(self.base_url or "").netloc.rpartition("@")[2]
             return type(error)(self.model_name, f"{error.message} ({address})")
         key = getattr(getattr(self.provider, "client", None), "api_key", None)
         if not key or f"{key}".encode() not in pickle.dumps(error):
             return error
+        if isinstance(error, ai_error.UnexpectedModelBehavior):
+            return type(error)("its text quoted the API key")
         if not isinstance(error, ai_error.ModelHTTPError):
             return ai_error.ModelAPIError(self.model_name, "its text quoted the API key")
         return ai_error.ModelHTTPError.for_category(

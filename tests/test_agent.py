@@ -74,8 +74,9 @@ def test_a_bug_in_a_tool_that_calls_steps_drops_none_of_them(error: Exception) -
 
 def refusal(
     category: type[ai_error.ModelQuotaExceededError] | type[ai_error.ModelRequestRejectedError],
+    status: int = 400,
 ) -> ModelHTTPError:
-    return ModelHTTPError.for_category(category, status_code=400, model_name="m")
+    return ModelHTTPError.for_category(category, status_code=status, model_name="m")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,8 @@ def refusal(
     [
         (ModelHTTPError(400, "m"), 3),
         (ModelHTTPError(422, "m"), 3),
+        (refusal(ai_error.ModelRequestRejectedError, 403), 3),  # for what it holds
+        (refusal(ai_error.ModelRequestRejectedError, 451), 3),
         (ModelHTTPError(500, "m"), 5),
         (refusal(ai_error.ModelAuthenticationError), 5),
         (refusal(ai_error.ModelNotFoundError), 5),

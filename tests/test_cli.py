@@ -321,6 +321,78 @@ def test_a_report_that_cannot_be_written_is_an_error_and_the_run_has_finished(
     assert App(tmp_path, database).status() == "SUCCESS"
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ("agent.py Acme >&-", 2, "error: standard output cannot be written: it is closed\n"),
+        ("agent.py '' 2>/dev/full", 2, ""),
+        ("agent.py '' 2>&-", 2, ""),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_does_not_change_what_has_happened(
+    tmp_path: Path, words: str, code: int, told: str
+) -> None:
+    run = subprocess.run(
+        f"exec {sys.executable} {PROJECT}/{words}",
+        shell=True,
+        env={
+            "DBOS_SYSTEM_DATABASE_URL": f"sqlite:///{tmp_path / 'research.sqlite'}",
+            "DEMO_BILL": str(tmp_path / "service.log"),
+            "DEMO_LATENCY": "0",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == code
+    assert run.stdout == ""
+    assert run.stderr.startswith(told)
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("stderr", ["/dev/full", "&-"])
+def test_ctrl_c_ends_with_130_even_if_nothing_can_be_said(tmp_path: Path, stderr: str) -> None:
+    with subprocess.Popen(
+        f"exec {sys.executable} -u {PROJECT}/agent.py Acme 2>{stderr}",
+        shell=True,
+        env={
+            "DBOS_SYSTEM_DATABASE_URL": f"sqlite:///{tmp_path / 'research.sqlite'}",
+            "DEMO_BILL": str(tmp_path / "service.log"),
+            "DEMO_LATENCY": "10",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        while "step 1: asks" not in run.stdout.readline():
+            pass
+        run.send_signal(signal.SIGINT)
+        assert run.stdout.read() == ""
+    assert run.returncode == 130
+
+
+def test_verbose_shows_control_characters_instead_of_sending_them(tmp_path: Path) -> None:
+    app = App(tmp_path, "sqlite:////nowhere\x1b]0;named\x07/x.sqlite")
+    run = app.run("Acme", "--verbose")
+    assert run.wait() == 2
+    assert "Traceback" in run.stderr
+    assert "nowhere\\x1b]0;named\\x07" in run.stderr
+    assert "\x1b" not in run.stderr
+
+
+def test_verbose_does_not_tell_the_password_of_an_address(
+    sqlite_app: App, provider: Provider
+) -> None:
+    address = provider.environment["OPENAI_BASE_URL"].replace("//", "//bob:secret-pw@")
+    provider.script = ["400"]
+    run = sqlite_app.run(
+        "Acme", "--verbose", **{**provider.environment, "OPENAI_BASE_URL": address}
+    )
+    assert run.wait() == 1
+    assert "INFO:dbos:" in run.stderr
+    assert "secret-pw" not in run.stdout + run.stderr
+
+
 @pytest.mark.parametrize("name", [*NAMES, "Zürich Ångström"])
 def test_a_name_is_the_same_run_in_every_unicode_form(name: str) -> None:
     """Their compatibility forms are equal to their canonical ones, which not all names' are."""

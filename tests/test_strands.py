@@ -5,6 +5,7 @@ go away for a while are in test_adversity.py.
 """
 
 import base64
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import psycopg
 import pytest
 import sqlalchemy
 from conftest import PROJECT, App, Process, start_postgres
-from provider import BOTH_TOOLS, Provider, completion, tool_calls
+from provider import BOTH_TOOLS, REPORT, Provider, completion, tool_calls
 from sqlalchemy import make_url
 from test_adversity import migrated, refused
 
@@ -421,3 +422,43 @@ def test_sigterm_ends_process_1_of_a_container_at_once(
     assert App(tmp_path, environment["DBOS_SYSTEM_DATABASE_URL"]).status() == "PENDING"
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+RESPONSE = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1,
+    "model": "gpt-6-luna",
+    "status": "completed",
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "tools": [],
+}
+
+
+@pytest.mark.parametrize("odd", [{"arguments": [1]}, {"call_id": 7, "id": 7}])
+def test_an_answer_of_other_types_is_asked_for_again_and_not_stored(
+    sqlite_app: App, provider: Provider, odd: dict[str, Any]
+) -> None:
+    """The client of the Responses API lets them through, and cannot send them back."""
+    name, arguments = BOTH_TOOLS[0]
+    call = {"type": "function_call", "id": "f", "call_id": "c", "name": name}
+    answers = [
+        [{**call, "arguments": arguments, **odd}],
+        [{**call, "name": "final_result", "arguments": json.dumps(REPORT)}],
+    ]
+    provider.responses = [{**RESPONSE, "output": output} for output in answers]
+    environment = {**provider.environment, "MODEL": "openai-responses:gpt-6-luna"}
+    done = sqlite_app.run("Acme", **environment)
+    assert done.wait() == 0, done.stderr
+    assert "in what the provider sent; again in 1.0 s" in done.stdout
+    assert done.stderr == ""
+
+
+def test_an_answer_of_spaces_is_asked_for_again(sqlite_app: App, provider: Provider) -> None:
+    """Some providers refuse it in the history of the next request."""
+    provider.custom = completion({"role": "assistant", "content": " \n"})
+    provider.script = ["custom"]
+    done = sqlite_app.run("Acme", **provider.environment)
+    assert done.wait() == 0, done.stderr
+    assert "GarbledAnswerError" in done.stdout

@@ -207,6 +207,27 @@ def test_with_its_own_brief_in_tools_the_recipes_execute_another_agent(tmp_path:
     assert len(lines_of(mine / "window.log")) == 3
 
 
+def test_a_result_that_cannot_be_sent_to_the_model_is_dropped_with_the_answer_that_asked_for_it(
+    tmp_path: Path,
+) -> None:
+    """A tool without `parse()` has returned it; the bug is mended before the rerun."""
+    mine = build(tmp_path)
+    bad = WEATHER.replace('tools.parse(Weather, {"place": place, "degrees": 3})', "BAD")
+    assert bad != WEATHER
+    bad = bad.replace("BAD", 'Weather(place="half an emoji: \\ud83d", degrees=3)')
+    (mine / "open").touch()
+    (mine / "mine.py").write_text(HEAD + bad + FOOT)
+    with start(mine, "Oslo") as failed:
+        told = failed.communicate()[1]
+    assert failed.returncode == 1
+    assert "the run failed: PydanticSerializationError" in told
+    (mine / "mine.py").write_text(HEAD + WEATHER + FOOT)
+    with start(mine, "Oslo") as mended:
+        stdout, stderr = mended.communicate()
+    assert mended.returncode == 0, stderr
+    assert "resumes at step 1" in " ".join(stdout.split())
+
+
 def test_a_question_of_another_kind_needs_its_script_and_a_text_is_an_answer_too(
     tmp_path: Path,
 ) -> None:
