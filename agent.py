@@ -238,6 +238,7 @@ class Executor:
         self.launched = False
         self.lost: dict[str, str] = {}
         """Run ID to reason: runs that DBOS has given up here, and that are still stored PENDING."""
+        self.queue_error: BaseException | None = None  # why DBOS could take no run from a queue
 
     def request(self, company: str, bucket: str = "") -> ResearchRequest:
         """Ask for a report. Another bucket is another run. `ResearchError`: the name is unfit."""
@@ -277,8 +278,7 @@ class Executor:
             if self.agent is None:
                 self.agent = self.build(self.settings, self.brief)
                 tools.service = self.settings.service
-                # Only DBOS's log tells that a run is lost.
-                logging.getLogger("dbos").addFilter(lambda record: note_lost(self, record))
+                logging.getLogger("dbos").addFilter(lambda record: read_log(self, record))
             # Others must see that this process lives before it takes its first run. So its lock is
             # taken now; on Postgres each connection of DBOS takes it, by these options.
             self.engine_options = self.locks.show_that_this_process_lives(self.id)
@@ -365,14 +365,23 @@ def delete_queues_of_the_dead(executor: Executor) -> None:
                 executor.client.delete_queue(queue.name)
 
 
-def note_lost(executor: Executor, record: logging.LogRecord) -> bool:
-    """Note a run that DBOS gives up. It is a log filter, which lets all records pass.
+QUEUE_ERRORS = (
+    "Exception encountered in queue thread",
+    "Exception finding work for queue",
+    "Exception listing queues",
+)
 
-    DBOS 3.4 tells only its log that it could not store how a run ended, that a tool has raised
-    CancelledError, or that it does not know a run's workflow. The run stays PENDING. While this
-    process lives, everybody would wait for it.
+
+def read_log(executor: Executor, record: logging.LogRecord) -> bool:
+    """Note a run that DBOS gives up, and why it cannot take one from a queue.
+
+    It is a log filter, which lets all records pass. DBOS 3.4 tells only its log that it could not
+    store how a run ended, that a tool has raised CancelledError, or that it does not know a run's
+    workflow. The run stays PENDING. While this process lives, everybody would wait for it.
     """
     text, run_id = record.getMessage(), None
+    if text.startswith(QUEUE_ERRORS):
+        executor.queue_error = sys.exc_info()[1]  # the one that DBOS is dealing with
     if text.startswith(("Exception encountered in asynchronous", "Asyncio task cancelled")):
         run_id = DBOS.workflow_id if DBOS.step_id is None else None
     elif text.startswith("Error executing workflow "):
@@ -386,6 +395,18 @@ def note_lost(executor: Executor, record: logging.LogRecord) -> bool:
         error = record.exc_info and record.exc_info[1]
         executor.lost[run_id] = describe(error) if error else text
     return True
+
+
+def raise_queue_error(executor: Executor) -> None:
+    """Raise why DBOS could not take a run from the queue, or all who wait would wait in silence."""
+    error, executor.queue_error = executor.queue_error, None
+    if isinstance(error, config.DATABASE_ERRORS):
+        raise error  # `while_the_database_is_away()` decides
+    if error:
+        raise ResearchError(
+            f"DBOS cannot take the run from its queue: {describe(error)}\n"
+            "Run the same command again: what finished is stored."
+        )
 
 
 def refuse_other_code(run: WorkflowStatus) -> None:
@@ -487,6 +508,8 @@ class Waiting:
 
     def for_a_moment(self, run: WorkflowStatus) -> None:
         """Wait a moment for a run that a live process has in hand."""
+        if run.status == "ENQUEUED":
+            raise_queue_error(self.executor)
         if run.status == "ENQUEUED" or run.executor_id == self.executor.id:
             time.sleep(0.05)  # it is this process, which prints what it does
         else:

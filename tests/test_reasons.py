@@ -115,3 +115,35 @@ def test_a_run_that_dbos_own_command_resumed_keeps_the_promise_whoever_executes_
     assert app.run("Bar").wait() == 0
     assert app.statuses() == {"SUCCESS": 2}
     assert app.repeated() == []
+
+
+REFUSE = {
+    "sqlite": (
+        "CREATE TRIGGER refuse BEFORE UPDATE ON workflow_status WHEN NEW.status = 'PENDING'"
+        " BEGIN SELECT RAISE(ABORT, 'no run may begin'); END",
+        "DROP TRIGGER refuse",
+    ),
+    "postgresql": (
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'no run may begin'; END $$;"
+        " CREATE TRIGGER refuse BEFORE UPDATE ON dbos.workflow_status"
+        " FOR EACH ROW WHEN (NEW.status = 'PENDING') EXECUTE FUNCTION refuse()",
+        "DROP FUNCTION refuse CASCADE",
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", ["", "many"])
+def test_a_queue_from_which_dbos_can_take_no_run_is_no_silent_wait(app: App, recipe: str) -> None:
+    """DBOS tells only its log, and tries again for ever."""
+    refuse, allow = REFUSE[make_url(app.database_url).get_backend_name()]
+    app.rows(refuse)
+    try:
+        stopped = app.run("Acme", recipe=recipe, patches={"look": 0.1})
+    finally:
+        app.rows(allow)
+    assert stopped.wait() == 2, stopped.stdout
+    assert "cannot be used: no run may begin" in words(stopped.stderr)
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert len(app.ledger("effect")) == 4
