@@ -187,6 +187,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.database and "{}" not in options.database:
         parser.error("--database needs {} in its name: each round has a database of its own")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the command ends, too
     kills = runs = repeats = 0
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -37,7 +37,7 @@ BRIEFS = {
 """Recipe to what its runs are told today: only then is a run's command known."""
 SETTINGS = ("model", "tenant_id", "user_id")
 """What a run and its command must have in common, beside what was asked."""
-UNFINISHED = [*OPEN, "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+FAILED = ["ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
 LEFT_ALONE = {
     "of another version": "finish them with the code of that version",
     "under other instructions": "finish them with the code that began them",
@@ -157,7 +157,7 @@ def print_runs(executor: Executor, limit: int) -> None:
 def finish_unfinished(executor: Executor) -> int:
     """Bring to their ends the runs of this tenant, user and model that this code can resume."""
     runs = executor.client.list_workflows(
-        name=config.WORKFLOW_NAME, status=UNFINISHED, load_input=False, load_output=False
+        name=config.WORKFLOW_NAME, status=[*OPEN, *FAILED], load_input=False, load_output=False
     )
     ours = [vars(executor.settings)[key] for key in SETTINGS]
     runs = [run for run in runs if [vars(request_of(run))[key] for key in SETTINGS] == ours]
@@ -232,7 +232,7 @@ def main() -> int:
         if days is None:
             print_runs(executor, options.limit)
         else:
-            delete_old(executor, days, ["SUCCESS", *(["ERROR", "CANCELLED"] * options.failed)])
+            delete_old(executor, days, ["SUCCESS", *FAILED * options.failed])
     except config.DATABASE_ERRORS as error:
         raise config.database_error(settings, error) from error
     return 0

@@ -3,12 +3,13 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from conftest import PROJECT, wait_for
 from sqlalchemy import make_url
 
 # A program of three steps. It sleeps where a kill shows whether it is broken.
@@ -173,6 +174,21 @@ def test_a_command_that_cannot_be_judged_does_not_pass(words: list[str], told: s
     assert done.returncode in (1, 2)
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_kill_test_that_is_stopped_leaves_nothing_running(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    file = tmp_path / "pid"
+    code = f"import os, time; open({str(file)!r}, 'w').write(f'{{os.getpid()}} '); time.sleep(600)"
+    command = [sys.executable, *RECIPE, "--", sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=PROJECT) as process:
+        pid = int(wait_for(lambda: file.exists() and file.read_text(), "a process ID"))
+        process.send_signal(number)
+        assert process.wait() == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_the_app_passes() -> None:

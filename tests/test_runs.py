@@ -287,16 +287,22 @@ def test_only_what_has_ended_long_ago_is_deleted(app: App) -> None:
     app.run("Cancelled", KILL_AT="before commit 3")
     cancel(app, "cancelled")
     app.run("Interrupted", KILL_AT="before commit 3")
+    app.run("Exhausted", KILL_AT="before commit 3")
+    app.rows(  # as DBOS stores a run whose process has died a hundred times
+        "UPDATE {dbos}workflow_status SET status = 'MAX_RECOVERY_ATTEMPTS_EXCEEDED',"
+        " queue_name = NULL, completed_at = updated_at WHERE workflow_uuid LIKE '%exhausted%'"
+    )
     enqueue(app, "Queued", "Waiting")
     asking = app.start("Asking", recipe="approval").until_prints("answer: ")
-    for name in ("old", "failed", "cancelled", "interrupted", "queued", "waiting", "asking"):
+    failed = {"failed", "cancelled", "exhausted"}
+    for name in ("old", *failed, "interrupted", "queued", "waiting", "asking"):
         make_old(app, name, days=31)
     make_old(app, "older", days=400)
     unfinished = {"interrupted", "queued", "waiting", "asking"}
     assert "Runs deleted: 1." in runs(app, "--delete-older-than", "365")
     assert "Runs deleted: 1." in runs(app, "--delete-older-than", "30")
-    assert left(app) == {"new", "failed", "cancelled", *unfinished}
-    assert "Runs deleted: 2." in runs(app, "--delete-older-than", "30", "--failed")
+    assert left(app) == {"new", *failed, *unfinished}
+    assert "Runs deleted: 3." in runs(app, "--delete-older-than", "30", "--failed")
     assert left(app) == {"new", *unfinished}
     assert "Runs deleted: 1." in runs(app, "--delete-older-than", "0", "--failed")
     assert left(app) == unfinished
