@@ -119,7 +119,7 @@ def get_report(run_id: str, response: Response) -> dict[str, object]:
             report = executor.brief.read_report(run_id, run.output)
         except ResearchError as error:
             raise HTTPException(409, str(error)) from error
-        return {"state": "finished", "report": report.model_dump()}
+        return {"state": "finished", "report": report}
     if run.status not in OPEN:
         raise HTTPException(502, "the research has failed; POST again to resume it")
     response.status_code = 202

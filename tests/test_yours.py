@@ -175,6 +175,15 @@ def test_the_test_that_kills_at_random_needs_no_other_file_and_judges_such_a_pro
     assert re.search(r"^2 kills, \d+ runs, 0 repeats$", done.stdout, re.MULTILINE)
 
 
+ASK_SERVICE = """
+from fastapi.testclient import TestClient
+from recipes.service import app
+
+with TestClient(app) as client:
+    print(client.get(client.post("/reports/Oslo").json()["report"]).json())
+"""
+
+
 def test_with_its_own_brief_in_tools_the_recipes_execute_another_agent(tmp_path: Path) -> None:
     mine = build(tmp_path)
     shutil.copytree(PROJECT / "recipes", mine / "recipes")
@@ -203,6 +212,7 @@ def test_with_its_own_brief_in_tools_the_recipes_execute_another_agent(tmp_path:
     assert "again from step 2" in run("-m", "recipes.from_step", "Oslo", "2")
     listed = run("-m", "recipes.runs")
     assert listed.count(": finished") == 3
+    assert "{'state': 'finished', 'report': {'coat': True}}" in run("-c", ASK_SERVICE)
     # One for each of two companies, and one for the fork.
     assert len(lines_of(mine / "window.log")) == 3
 
