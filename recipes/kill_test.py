@@ -21,6 +21,7 @@ A command that does not finish, or that exits with 0 and leaves a run unfinished
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Row, column, create_engine, inspect, make_url, select, table
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 KILLS, FAILURES = 3, 5
 """How often a command is killed in one round at most, and how often it may fail by itself."""
@@ -60,7 +61,7 @@ class Look:
 def look(url: str, bill: Path) -> Look:
     """Read the file of side effects, and the database with plain SQL, which unpickles nothing."""
     seen = Look()
-    for line in bill.read_text().splitlines() if bill.exists() else []:
+    for line in bill.read_text(errors="replace").splitlines() if bill.exists() else []:
         key, _, done = line.partition(" ")
         seen.asked.append(key)
         seen.acted[key] += done != "answered from the record"
@@ -77,7 +78,8 @@ def look(url: str, bill: Path) -> Look:
             for run_id, status in connection.execute(select(runs)):
                 seen.statuses[run_id] = status
                 of_run = [row for row in rows if row.workflow_uuid == run_id]
-                seen.may_go |= {(run_id, number) for number in find_droppable(of_run, status)}
+                first = find_droppable(of_run, status)
+                seen.may_go |= {(run_id, row.function_id) for row in of_run[first:]}
                 seen.finished |= {
                     (run_id, row.function_id): row for row in of_run if row.error is None
                 }
@@ -85,16 +87,16 @@ def look(url: str, bill: Path) -> Look:
     return seen
 
 
-def find_droppable(rows: list[Row[Any]], status: str) -> set[int]:
-    """Return the numbers of the steps that a run may lose because it has failed."""
-    answers = [row for row in rows if "model.request" in row.function_name and row.error is None]
-    first = answers[-1].function_id if answers else 0
-    failed = [row for row in rows if row.error is not None and row.function_id > first]
-    if not failed and status != "ERROR":
-        return set()
-    if failed and "model.request" not in failed[0].function_name:
-        first = failed[0].function_id
-    return {row.function_id for row in rows if row.function_id >= first}
+def find_droppable(rows: list[Row[Any]], status: str) -> int:
+    """Return the index of the first step that a run may lose because it has failed.
+
+    It is the model's last answer. In a run whose end was not stored, a failed request is the last.
+    """
+    asked = [number for number, row in enumerate(rows) if "model.request" in row.function_name]
+    answered = [number for number in asked if rows[number].error is None]
+    if status == "ERROR" or len(answered) < len(asked):
+        return answered[-1] if answered else 0
+    return len(rows)
 
 
 def find_repeats(before: Look, now: Look, parallel: bool) -> list[str]:
@@ -104,12 +106,19 @@ def find_repeats(before: Look, now: Look, parallel: bool) -> list[str]:
         for (run_id, step), row in before.finished.items()
         if (run_id, step) not in before.may_go and now.finished.get((run_id, step)) != row
     ]
-    if not parallel and not before.may_go:
-        # The last key of each run may come again: perhaps its checkpoint was not stored.
+    if not parallel:
         runs = [*now.statuses, ""]
-        last = {next(run_id for run_id in runs if run_id in key): key for key in before.asked}
-        again = {*now.asked[len(before.asked) :]} & {*before.asked} - {*last.values()}
-        found += [f"{key} came again after a later key" for key in sorted(again)]
+        run_of = {key: next(run_id for run_id in runs if run_id in key) for key in now.asked}
+        # The last key of each run may come again: perhaps its checkpoint was not stored.
+        last = {run_of[key]: key for key in before.asked}
+        dropping = {run_id for run_id, _ in before.may_go}
+        if dropping:
+            dropping.add("")  # a key that names no run may be of this one
+        found += [
+            f"{key} came again after a later key"
+            for key in sorted({*now.asked[len(before.asked) :]} & {*before.asked})
+            if key != last[run_of[key]] and run_of[key] not in dropping
+        ]
     return found
 
 
@@ -185,8 +194,8 @@ def main() -> int:
     parser.add_argument("--database", default="", metavar="URL", help=DATABASE)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
-    if options.database and "{}" not in options.database:
-        parser.error("--database needs {} in its name: each round has a database of its own")
+    if options.database and not re.match(r"postgres\w*://.*\{\}", options.database):
+        parser.error("--database needs a URL with {} in its name: each round has one of its own")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the command ends, too
     kills = runs = repeats = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +217,7 @@ def main() -> int:
                 kills, runs, repeats = kills + len(moments), runs + 1, repeats + len(found)
                 told = f"killed after {', '.join(moments)} s" if moments else "not killed"
                 print("\n  ".join([f"run {runs}: {told}, finished", *found]), flush=True)
-        except UnfinishedError as error:
+        except (UnfinishedError, SQLAlchemyError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:

@@ -6,11 +6,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import PROJECT, wait_for
 from sqlalchemy import make_url
+
+from recipes.kill_test import Look, find_droppable, find_repeats
 
 # A program of three steps. It sleeps where a kill shows whether it is broken.
 JOB = """
@@ -166,7 +171,11 @@ def test_a_broken_program_is_caught(broken: str, found: str, tmp_path: Path) -> 
     [
         (["--", "/nowhere/command"], "error: it cannot be started: "),
         (["--", "true"], "error: it stores no step in the database that DBOS_SYSTEM_DATABASE_URL"),
-        (["--database", "postgresql://localhost/same", "--", "true"], "--database needs {}"),
+        (["--database", "name-{}", "--", "true"], "--database needs a URL with {}"),
+        (
+            ["--database", "postgresql://localhost/same", "--", "true"],
+            "--database needs a URL with {}",
+        ),
     ],
 )
 def test_a_command_that_cannot_be_judged_does_not_pass(words: list[str], told: str) -> None:
@@ -189,6 +198,27 @@ def test_a_kill_test_that_is_stopped_leaves_nothing_running(
         assert process.wait() == 130
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def row(number: int, name: str, error: str | None = None) -> Any:
+    return SimpleNamespace(function_id=number, function_name=name, error=error)
+
+
+def test_only_a_failure_excuses_a_checkpoint_that_goes() -> None:
+    model = "agent__model.request"
+    rows = [row(1, model), row(2, "tool", "the model's mistake"), row(3, "tool")]
+    assert find_droppable(rows, "PENDING") == 3, "none"
+    assert find_droppable(rows, "ERROR") == 0, "the answer, and what it led to"
+    refused = [*rows, row(4, model), row(5, "tool"), row(6, model, "refused")]
+    assert find_droppable(refused, "PENDING") == 3
+    assert find_droppable(refused[:5], "CANCELLED") == 5
+
+
+def test_a_run_that_failed_excuses_no_key_of_another() -> None:
+    before = Look(asked=["a:1", "b:1", "a:2", "b:2"], statuses={"a": "ERROR", "b": "PENDING"})
+    before.may_go = {("a", 1)}
+    now = replace(before, asked=[*before.asked, "a:1", "b:1"])
+    assert find_repeats(before, now, parallel=False) == ["b:1 came again after a later key"]
 
 
 def test_the_app_passes() -> None:
