@@ -97,7 +97,11 @@ def build(
     settings: Settings, brief: Brief, capabilities: Sequence[AbstractCapability[None]] = ()
 ) -> object:
     """Build the agent, before its run is stored; raise `ResearchError` without an address."""
-    if not os.environ.get("METRICS_URL", "").startswith(("http://", "https://")):
+    try:
+        scheme = httpx2.URL(os.environ.get("METRICS_URL", "")).scheme
+    except httpx2.InvalidURL:  # its text may quote a part of a password
+        scheme = ""
+    if scheme not in ("http", "https"):
         raise ResearchError(
             "METRICS_URL is not set to an address: give one with http:// or https://"
         )

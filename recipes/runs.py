@@ -222,8 +222,8 @@ def main() -> int:
     days, output.show = options.delete_older_than, "nothing"
     if options.unfinished + (days is not None) > 1 or (options.failed and days is None):
         parser.error("--failed belongs to --delete-older-than, and --unfinished stands alone")
-    if options.limit < 1 or not 0 <= (days or 0) <= 36500:
-        parser.error("give a number of runs from 1 on, or of days from 0 to 36500")
+    if not 1 <= options.limit <= 1_000_000 or not 0 <= (days or 0) <= 36500:
+        parser.error("give a number of runs from 1 to 1000000, or of days from 0 to 36500")
     settings = config.load_settings()
     executor = worker.make_executor(settings)
     try:

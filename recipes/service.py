@@ -3,7 +3,7 @@
     uv run --group service uvicorn recipes.service:app
 
 - `POST /reports/Acme` starts or resumes a run: 202 and where the report will be, 422 for an unfit
-  name, 409 if the run cannot go on with this code.
+  name, 409 if the run cannot go on with this code. Any answer is 503 while the database is away.
 - `GET /reports/RUN_ID`: 200 and the report, 202 and the state, 404, 502 if the run has failed, 409
   if older code has stored a report of another type.
 - `GET /runs/RUN_ID/events`: server-sent events, one for each finished step and one for the end.
@@ -16,8 +16,8 @@ misses nothing and sees nothing twice. Nobody is asked who they are: put this be
 
 import asyncio
 import json
+import os
 import signal
-import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -25,12 +25,13 @@ from types import FrameType
 from typing import Annotated, Any
 
 from dbos import StepInfo, WorkflowStatus
-from fastapi import FastAPI, Header, HTTPException, Response
-from fastapi.responses import StreamingResponse
+from fastapi import FastAPI, Header, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from sqlalchemy.exc import SQLAlchemyError
 
 import config
 import tools
-from agent import OPEN, Executor, Waiting
+from agent import OPEN, Executor, Waiting, write_error
 from recipes import worker
 from recipes.worker import Worker
 from tools import ResearchError
@@ -59,7 +60,7 @@ async def take_over_for_ever(serving: Worker) -> None:
             await asyncio.to_thread(look)
             await asyncio.sleep(worker.LOOK)
     except ResearchError as error:  # it cannot go on: whoever has started it, starts it again
-        print(f"error: {error}", file=sys.stderr)
+        write_error(f"error: {error}\n")
         signal.raise_signal(signal.SIGTERM)
 
 
@@ -81,7 +82,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start with the service, and give runs in flight some seconds when it is stopped."""
     app.state.stopping = threading.Event()
     end_streams_by_signal(app.state.stopping)
-    serving = await asyncio.to_thread(start)
+    try:
+        serving = await asyncio.to_thread(start)
+    except ResearchError as error:  # uvicorn would show a traceback
+        write_error(f"error: {error}\n")
+        os._exit(error.exit_code)
     app.state.executor = serving.executor
     task = asyncio.create_task(take_over_for_ever(serving))
     yield
@@ -90,6 +95,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
+
+
+@app.exception_handler(SQLAlchemyError)
+def tell_that_the_database_is_away(_request: Request, _error: SQLAlchemyError) -> Response:
+    """Answer what can be asked again."""
+    return JSONResponse({"detail": "the database does not answer: ask again"}, 503)
 
 
 # FastAPI runs these plain functions in threads, because `DBOSClient` blocks.

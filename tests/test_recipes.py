@@ -279,11 +279,12 @@ def test_no_header_of_a_request_is_stored_when_the_connection_fails(
     assert b"dempotency" not in stored, "the request, and an API key with it"
 
 
-@pytest.mark.parametrize("url", ["", "metrics.example.com"])
+@pytest.mark.parametrize("url", ["", "metrics.example.com", "http://me:pass/word@127.0.0.1/"])
 def test_without_an_address_no_run_is_left_behind(app: App, url: str) -> None:
     refused = app.run("Acme", recipe="own_tool", METRICS_URL=url)
     assert refused.wait() == 2
     assert refused.stderr.startswith("error: METRICS_URL is not set to an address")
+    assert ":pass" not in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert app.statuses() == {}
 

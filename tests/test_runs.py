@@ -357,6 +357,7 @@ def test_a_file_keeps_its_size_and_new_runs_use_the_room_again(sqlite_app: App) 
         ["--delete-older-than", "nan"],
         ["--delete-older-than", "soon"],
         ["--limit", "0"],
+        ["--limit", "99999999999999999999"],
         ["Acme"],
     ],
 )

@@ -278,3 +278,27 @@ def test_the_service_tells_what_is_wrong_by_its_status_codes(app: App, provider:
         app.rows("UPDATE {dbos}workflow_status SET application_version = '0', status = 'ERROR'")
         code, answer = ask("POST", f"{url}/reports/Acme")
         assert (code, "belongs to version 0" in answer["detail"]) == (409, True)
+
+
+def test_the_service_asks_for_patience_while_the_database_fails(app: App) -> None:
+    with serve(app) as (_, url):
+        app.rows("ALTER TABLE {dbos}workflow_status RENAME TO away")
+        try:
+            code, answer = ask("POST", f"{url}/reports/Acme")
+        finally:
+            app.rows("ALTER TABLE {dbos}away RENAME TO workflow_status")
+        assert (code, answer) == (503, {"detail": "the database does not answer: ask again"})
+
+
+def test_a_service_that_cannot_start_says_why_and_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "uvicorn", "recipes.service:app", "--port", "0"],
+        cwd=PROJECT,
+        env={"PATH": os.environ["PATH"], "DBOS_SYSTEM_DATABASE_URL": "postgresql://127.0.0.1:1/x"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: the database (Postgres x on 127.0.0.1) cannot be used" in done.stderr
+    assert "Traceback" not in done.stderr
