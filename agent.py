@@ -112,8 +112,7 @@ def build_agent(
 def research(executor: "Executor", request: ResearchRequest) -> "Finished":
     """Bring the run of a request to its end, whatever state it is in. Any thread may call it.
 
-    It blocks until then, without a time limit, also while the database is away. What it prints is
-    set by `tools.output.show`.
+    It blocks until then, and says so if the database is away. `tools.output.show` sets what else.
 
     | The run is… | This call… |
     |---|---|
@@ -238,7 +237,7 @@ class Executor:
         self.launched = False
         self.lost: dict[str, str] = {}
         """Run ID to reason: runs that DBOS has given up here, and that are still stored PENDING."""
-        self.queue_error: BaseException | None = None  # why DBOS could take no run from a queue
+        self.trouble: BaseException | None = None  # with the database: only DBOS's log tells it
 
     def request(self, company: str, bucket: str = "") -> ResearchRequest:
         """Ask for a report. Another bucket is another run. `ResearchError`: the name is unfit."""
@@ -275,6 +274,7 @@ class Executor:
                 provider refuses is found by the first model request, and fails the run.)
         """
         with self.starting:
+            self.trouble = None
             if self.agent is None:
                 self.agent = self.build(self.settings, self.brief)
                 tools.service = self.settings.service
@@ -365,7 +365,8 @@ def delete_queues_of_the_dead(executor: Executor) -> None:
                 executor.client.delete_queue(queue.name)
 
 
-QUEUE_ERRORS = (
+TROUBLE = (
+    "Database connection",
     "Exception encountered in queue thread",
     "Exception finding work for queue",
     "Exception listing queues",
@@ -373,15 +374,15 @@ QUEUE_ERRORS = (
 
 
 def read_log(executor: Executor, record: logging.LogRecord) -> bool:
-    """Note a run that DBOS gives up, and why it cannot take one from a queue.
+    """Note a run that DBOS gives up, and why it cannot take one from a queue or store something.
 
     It is a log filter, which lets all records pass. DBOS 3.4 tells only its log that it could not
     store how a run ended, that a tool has raised CancelledError, or that it does not know a run's
     workflow. The run stays PENDING. While this process lives, everybody would wait for it.
     """
     text, run_id = record.getMessage(), None
-    if text.startswith(QUEUE_ERRORS):
-        executor.queue_error = sys.exc_info()[1]  # the one that DBOS is dealing with
+    if text.startswith(TROUBLE):
+        executor.trouble = sys.exc_info()[1]  # the error that DBOS is dealing with
     if text.startswith(("Exception encountered in asynchronous", "Asyncio task cancelled")):
         run_id = DBOS.workflow_id if DBOS.step_id is None else None
     elif text.startswith("Error executing workflow "):
@@ -397,9 +398,9 @@ def read_log(executor: Executor, record: logging.LogRecord) -> bool:
     return True
 
 
-def raise_queue_error(executor: Executor) -> None:
-    """Raise why DBOS could not take a run from the queue, or all who wait would wait in silence."""
-    error, executor.queue_error = executor.queue_error, None
+def raise_trouble(executor: Executor) -> None:
+    """Raise what keeps DBOS from its work, or all who wait for that would wait in silence."""
+    error, executor.trouble = executor.trouble, None
     if isinstance(error, config.DATABASE_ERRORS):
         raise error  # `while_the_database_is_away()` decides
     if error:
@@ -427,12 +428,16 @@ def refuse_other_code(run: WorkflowStatus) -> None:
 def find_failure(run: WorkflowStatus, steps: list[StepInfo]) -> tuple[int, object] | None:
     """Return the number of the step from which a failed run must go on, and the error."""
     asked = [step["function_id"] for step in steps if step["function_name"] == MODEL_REQUEST]
-    number = max((step["function_id"] for step in steps), default=0)
-    # Tools run one after the other. So an error that a later step follows was dealt with, by the
-    # code of a tool that catches it.
-    error = next((step["error"] for step in steps if step["function_id"] == number), None)
-    # A ModelRetry is not a failure: it went back to the model, which has dealt with it.
-    if error is not None and not isinstance(error, ModelRetry):
+    last = steps[-1]["function_id"] if steps else 0
+    for step in reversed(steps):
+        number, error = step["function_id"], step["error"]
+        # A ModelRetry is not a failure: it went back to the model, which has dealt with it.
+        if error is None or isinstance(error, ModelRetry):
+            continue
+        # If other steps followed, the tool has caught the error. Perhaps it has raised it again
+        # after them, for example after it had cleaned up. Else it has dealt with it.
+        if number < last and (run.status, describe(run.error)) != ("ERROR", describe(error)):
+            continue
         earlier = [request for request in asked if request < number]
         if number in asked and earlier and is_refused_for_content(error):
             # What the provider refuses is in the history, so each later request would fail.
@@ -440,15 +445,16 @@ def find_failure(run: WorkflowStatus, steps: list[StepInfo]) -> tuple[int, objec
         return number, error
     if run.status != "ERROR":
         return None
-    # No step failed. If the run gave up on the model's answers, or could not write them down, ask
-    # the model again: its last answer, and what that led to, is dropped. If the run failed between
-    # steps, for example by a bug in a tool that calls steps, keep them all.
-    unwritable = isinstance(run.error, UnicodeError | PydanticSerializationError)
-    if number in (0, *asked):  # nothing has followed the answer
-        unwritable = isinstance(run.error, ValueError | TypeError)
-    if unwritable or isinstance(run.error, ai_error.AgentRunError):
+    # No step failed. If the run could not use the model's last answer, or what a tool returned for
+    # it, ask the model again: that answer, and what it led to, is dropped. A tool's own code that
+    # fails right after the answer may fail by its arguments.
+    unusable = isinstance(run.error, UnicodeEncodeError | PydanticSerializationError)
+    if last in (0, *asked):
+        unusable = isinstance(run.error, ValueError | TypeError)
+    if unusable or isinstance(run.error, ai_error.AgentRunError):
         return max(asked, default=1), run.error
-    return number + 1, run.error
+    # It failed between two steps, for example by a bug in a tool that calls steps: keep them all.
+    return last + 1, run.error
 
 
 def is_refused_for_content(error: object) -> bool:
@@ -456,7 +462,12 @@ def is_refused_for_content(error: object) -> bool:
     refused = isinstance(error, ai_error.ModelRequestRejectedError) or (
         isinstance(error, ai_error.ModelHTTPError) and error.status_code in (400, 422)
     )
-    return refused and not isinstance(error, OTHER_REFUSALS)
+    about_money = any(word in str(error).lower() for word in MONEY)  # though it says 400
+    return refused and not about_money and not isinstance(error, OTHER_REFUSALS)
+
+
+MONEY = ("billing", "quota", "balance", "usage limit")
+"""Words by which a provider says that an account has no more to spend."""
 
 
 OTHER_REFUSALS = (
@@ -508,9 +519,8 @@ class Waiting:
 
     def for_a_moment(self, run: WorkflowStatus) -> None:
         """Wait a moment for a run that a live process has in hand."""
-        if run.status == "ENQUEUED":
-            raise_queue_error(self.executor)
         if run.status == "ENQUEUED" or run.executor_id == self.executor.id:
+            raise_trouble(self.executor)
             time.sleep(0.05)  # it is this process, which prints what it does
         else:
             self._wait(run.workflow_id, f"{run.executor_id}")
@@ -523,7 +533,8 @@ class Waiting:
         except config.DATABASE_ERRORS as error:
             if not config.passes(error):
                 raise config.database_error(self.executor.settings, error) from error
-            self._tell(f"  the database does not answer, so this waits: {config.reason_of(error)}")
+            reason = config.reason_of(error)
+            self._tell(f"  the database does not answer, so this waits: {reason}", always=True)
             time.sleep(1)  # DBOS waits as well
 
     def _wait(self, run_id: str, holder: str) -> None:
@@ -534,8 +545,8 @@ class Waiting:
         self.executor.locks.rest()
         time.sleep(1)
 
-    def _tell(self, text: str) -> None:
-        if tools.output.show == "nothing":
+    def _tell(self, text: str, always: bool = False) -> None:
+        if tools.output.show == "nothing" and not always:
             return
         if text != self.told:
             print_wrapped(text)
@@ -615,7 +626,7 @@ def describe_end(executor: Executor, run: WorkflowStatus) -> str:
         is_refused_for_content(run.error)
         and len(executor.client.list_workflow_steps(run.workflow_id)) == 1
     ):
-        cure = "A rerun would be refused again: take another --bucket, or another MODEL."
+        cure = "It would be refused again: take another --bucket, or another MODEL."
     return f"the run failed: {describe(run.error)}\n{cure}"
 
 

@@ -350,6 +350,13 @@ class ModelInStep(WrapperModel):
             raise ai_error.UsageLimitExceeded(reached)
         print_in_step(f"asks the model {self.model_name}{tools.attempt()}")
         try:
+            ai.ModelMessagesTypeAdapter.dump_json(messages, warnings="none")
+        except ValueError as error:  # a rerun asks the model anew, as for what a provider refuses
+            told = (
+                f"a tool's result cannot be sent ({type(error).__name__}): return what parse() made"
+            )
+            raise ai_error.ModelRequestRejectedError(self.model_name, told) from None
+        try:
             response = await super().request(messages, *settings_and_tools)
             # An answer that cannot be written as JSON, or that holds another type than it should,
             # would make every later request fail. So would an empty text, with some providers.

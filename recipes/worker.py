@@ -99,7 +99,7 @@ class Worker:
         Raises:
             RunFailed: This process cannot execute anything any more.
         """
-        agent.raise_queue_error(self.executor)
+        agent.raise_trouble(self.executor)
         if not agent.loop_lives():
             raise RunFailed("a step has ended DBOS's event loop: start this program again.")
         client, lost = self.executor.client, self.executor.lost

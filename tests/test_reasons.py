@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,67 @@ def test_a_run_that_dbos_own_command_resumed_keeps_the_promise_whoever_executes_
     assert app.run("Bar").wait() == 0
     assert app.statuses() == {"SUCCESS": 2}
     assert app.repeated() == []
+
+
+def test_a_write_that_dbos_cannot_make_for_now_is_no_silent_wait(sqlite_app: App) -> None:
+    run = sqlite_app.start("Acme", WAIT_AT="inside 3")
+    sqlite_app.until("waiting inside 3")
+    with contextlib.closing(sqlite3.connect(sqlite_app.folder / "research.sqlite")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        sqlite_app.open_gate()
+        wait_for(lambda: "waits: database is locked" in words(run.stdout), "the reason")
+    assert run.wait() == 0, run.stdout + run.stderr
+    assert len(sqlite_app.ledger("effect")) == 4
+
+
+def test_a_batch_that_waits_for_the_database_says_so(server: Any, tmp_path: Path) -> None:
+    app = app_as_user(server, tmp_path)
+    batch = app.start("Acme", recipe="many", WAIT_AT="inside 3")
+    app.until("waiting inside 3")
+    admin(server, "ALTER ROLE app CONNECTION LIMIT 0", CUT)
+    batch.until_prints("the database does not answer, so this waits")
+    admin(server, "ALTER ROLE app CONNECTION LIMIT -1")
+    app.open_gate()
+    assert batch.wait() == 0, batch.stdout + batch.stderr
+
+
+def test_an_error_of_the_database_that_has_passed_ends_no_later_call(
+    sqlite_app: App, tmp_path: Path
+) -> None:
+    code = """
+import logging, os, threading
+import agent, config, tools
+
+class Listener(logging.Handler):
+    def emit(self, record):
+        if record.getMessage().startswith("Exception"):
+            logged.set()
+
+def rename(old, new):
+    with sqlalchemy.create_engine(os.environ["DBOS_SYSTEM_DATABASE_URL"]).begin() as connection:
+        connection.execute(sqlalchemy.text(f"ALTER TABLE {old} RENAME TO {new}"))
+
+import sqlalchemy
+logged = threading.Event()
+executor = agent.Executor(config.load_settings())
+agent.research(executor, executor.request("Acme"))
+logging.getLogger("dbos").addHandler(Listener())
+rename("workflow_status", "away")
+assert logged.wait(60)
+rename("away", "workflow_status")
+print(agent.research(executor, executor.request("Globex")).run.status, flush=True)
+os._exit(0)
+"""
+    settings = {"DBOS_SYSTEM_DATABASE_URL": sqlite_app.database_url, "DEMO_LATENCY": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env={"PATH": os.environ["PATH"], "DEMO_BILL": str(tmp_path / "bill"), **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.endswith("SUCCESS\n"), done.stdout + done.stderr
 
 
 REFUSE = {
