@@ -196,7 +196,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.database and not re.match(r"postgres\w*://.*\{\}", options.database):
         parser.error("--database needs a URL with {} in its name: each round has one of its own")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the command ends, too
+    for number in (signal.SIGINT, signal.SIGTERM):  # the command under test ends, too
+        signal.signal(number, signal.default_int_handler)
     kills = runs = repeats = 0
     with tempfile.TemporaryDirectory() as folder:
         try:
