@@ -90,7 +90,7 @@ def look(url: str, bill: Path) -> Look:
 def find_droppable(rows: list[Row[Any]], status: str) -> int:
     """Return the index of the first step that a run may lose because it has failed.
 
-    It is the model's last answer. In a run whose end was not stored, a failed request is the last.
+    It is the model's last answer, if the run's end or a failed request of the model is stored.
     """
     asked = [number for number, row in enumerate(rows) if "model.request" in row.function_name]
     answered = [number for number in asked if rows[number].error is None]
@@ -218,7 +218,11 @@ def main() -> int:
                 kills, runs, repeats = kills + len(moments), runs + 1, repeats + len(found)
                 told = f"killed after {', '.join(moments)} s" if moments else "not killed"
                 print("\n  ".join([f"run {runs}: {told}, finished", *found]), flush=True)
-        except (UnfinishedError, SQLAlchemyError) as error:
+        except SQLAlchemyError as error:
+            reason = getattr(error, "orig", error)
+            print(f"error: its database cannot be read: {reason}", file=sys.stderr)
+            return 1
+        except UnfinishedError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
