@@ -98,9 +98,9 @@ app = FastAPI(lifespan=lifespan)
 
 
 @app.exception_handler(SQLAlchemyError)
-def tell_that_the_database_is_away(_request: Request, _error: SQLAlchemyError) -> Response:
+def tell_that_the_database_fails(_request: Request, _error: SQLAlchemyError) -> Response:
     """Answer what can be asked again."""
-    return JSONResponse({"detail": "the database does not answer: ask again"}, 503)
+    return JSONResponse({"detail": "the database cannot be used now: ask again"}, 503)
 
 
 # FastAPI runs these plain functions in threads, because `DBOSClient` blocks.

@@ -14,6 +14,7 @@ import pytest
 from conftest import PROJECT, App, start_postgres, wait_for
 from provider import Provider
 from sqlalchemy import make_url
+from test_service import ask, serve
 
 
 def words(text: str) -> str:
@@ -140,12 +141,27 @@ def test_a_batch_that_waits_for_the_database_says_so(server: Any, tmp_path: Path
     assert batch.wait() == 0, batch.stdout + batch.stderr
 
 
+def test_the_service_answers_503_while_the_database_is_away(server: Any, tmp_path: Path) -> None:
+    app = app_as_user(server, tmp_path)
+    with serve(app) as (_, url):
+        code, answer = ask("POST", f"{url}/reports/Acme")
+        assert code == 202
+        wait_for(lambda: ask("GET", url + answer["report"])[0] == 200, "the report")
+        admin(server, "ALTER ROLE app CONNECTION LIMIT 0", CUT)
+        away = (503, {"detail": "the database cannot be used now: ask again"})
+        assert ask("POST", f"{url}/reports/Globex") == away
+        assert ask("GET", url + answer["report"]) == away
+        assert ask("GET", url + answer["events"]) == away
+        admin(server, "ALTER ROLE app CONNECTION LIMIT -1")
+        assert ask("GET", url + answer["report"])[0] == 200
+
+
 def test_an_error_of_the_database_that_has_passed_ends_no_later_call(
     sqlite_app: App, tmp_path: Path
 ) -> None:
     code = """
 import logging, os, threading
-import agent, config, tools
+import agent, config
 
 class Listener(logging.Handler):
     def emit(self, record):

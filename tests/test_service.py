@@ -287,7 +287,7 @@ def test_the_service_asks_for_patience_while_the_database_fails(app: App) -> Non
             code, answer = ask("POST", f"{url}/reports/Acme")
         finally:
             app.rows("ALTER TABLE {dbos}away RENAME TO workflow_status")
-        assert (code, answer) == (503, {"detail": "the database does not answer: ask again"})
+        assert (code, answer) == (503, {"detail": "the database cannot be used now: ask again"})
 
 
 def test_a_service_that_cannot_start_says_why_and_ends() -> None:
