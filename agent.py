@@ -5,10 +5,10 @@
     uv run agent.py "Acme"             # the same run resumes after its last checkpoint
 
 The promise: after a crash, an interruption or a failure, run the same command again, and the same
-run moves on to its end. A step whose result is stored is never executed again. (One exception: if
-the model's last answer cannot be used, it is dropped, with the steps that followed it.) A step that
-is killed before its result is stored is executed again from its start, even if its work was done.
-So a tool that acts on the outside world needs a key: see `idempotency_key()` in tools.py.
+run moves on to its end. A step whose result is stored is never executed again. (Exceptions: a
+model's answer that cannot be used, and what followed it or a failed step.) A step that is killed
+before its result is stored is executed again from its start, even if its work was done. So a tool
+that acts on the outside world needs a key: see `idempotency_key()` in tools.py.
 
 Read this file from the top. `build_agent()` makes an agent durable. `research()` looks in which
 state a run is, and lets `prepare()` put it into a queue. An `Executor` is this process, in which
@@ -112,7 +112,8 @@ def build_agent(
 def research(executor: "Executor", request: ResearchRequest) -> "Finished":
     """Bring the run of a request to its end, whatever state it is in. Any thread may call it.
 
-    It blocks until then, and says so if the database is away. `tools.output.show` sets what else.
+    It blocks until then, also while the database is away, and says so. What else it prints is set
+    by `tools.output.show`.
 
     | The run is… | This call… |
     |---|---|
@@ -274,7 +275,7 @@ class Executor:
                 provider refuses is found by the first model request, and fails the run.)
         """
         with self.starting:
-            self.trouble = None
+            self.trouble = None  # that of an earlier run may have passed
             if self.agent is None:
                 self.agent = self.build(self.settings, self.brief)
                 tools.service = self.settings.service
@@ -462,12 +463,9 @@ def is_refused_for_content(error: object) -> bool:
     refused = isinstance(error, ai_error.ModelRequestRejectedError) or (
         isinstance(error, ai_error.ModelHTTPError) and error.status_code in (400, 422)
     )
-    about_money = any(word in str(error).lower() for word in MONEY)  # though it says 400
-    return refused and not about_money and not isinstance(error, OTHER_REFUSALS)
-
-
-MONEY = ("billing", "quota", "balance", "usage limit")
-"""Words by which a provider says that an account has no more to spend."""
+    # Pydantic AI knows a refusal for want of money, but not Anthropic's at a spend limit: a 400.
+    spent = "API usage limits" in str(error)
+    return refused and not spent and not isinstance(error, OTHER_REFUSALS)
 
 
 OTHER_REFUSALS = (

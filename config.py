@@ -348,14 +348,14 @@ class ModelInStep(WrapperModel):
         if spent > self.cost_limit:
             reached = f"it has cost {spent:.4f} US$: raise COST_LIMIT_USD ({self.cost_limit})"
             raise ai_error.UsageLimitExceeded(reached)
-        print_in_step(f"asks the model {self.model_name}{tools.attempt()}")
         try:
             ai.ModelMessagesTypeAdapter.dump_json(messages, warnings="none")
-        except ValueError as error:  # a rerun asks the model anew, as for what a provider refuses
+        except ValueError:  # as a provider would refuse it, so a rerun drops what led to it
             told = (
-                f"a tool's result cannot be sent ({type(error).__name__}): return what parse() made"
+                "a tool's result cannot be written as JSON: return what tools.parse() has checked"
             )
             raise ai_error.ModelRequestRejectedError(self.model_name, told) from None
+        print_in_step(f"asks the model {self.model_name}{tools.attempt()}")
         try:
             response = await super().request(messages, *settings_and_tools)
             # An answer that cannot be written as JSON, or that holds another type than it should,

@@ -88,6 +88,7 @@ def refusal(
         (refusal(ai_error.ModelRequestRejectedError, 451), 3),
         (ModelHTTPError(500, "m"), 5),
         (ModelHTTPError(400, "m", {"message": "You have reached your API usage limits."}), 5),
+        (ModelHTTPError(400, "m", {"message": "invalid: 'quota', 'balance sheet'"}), 3),
         (refusal(ai_error.ModelAuthenticationError), 5),
         (refusal(ai_error.ModelNotFoundError), 5),
         (refusal(ai_error.ModelQuotaExceededError), 5),
