@@ -435,9 +435,10 @@ def find_failure(run: WorkflowStatus, steps: list[StepInfo]) -> tuple[int, objec
         # A ModelRetry is not a failure: it went back to the model, which has dealt with it.
         if error is None or isinstance(error, ModelRetry):
             continue
-        # If other steps followed, the tool has caught the error. Perhaps it has raised it again
-        # after them, for example after it had cleaned up. Else it has dealt with it.
-        if number < last and (run.status, describe(run.error)) != ("ERROR", describe(error)):
+        # If other steps followed, the tool has caught the error, and has dealt with it, unless the
+        # run ended by it: then the tool has raised it again, for example after it had cleaned up.
+        ended_by_it = run.status == "ERROR" and describe(run.error) == describe(error)
+        if number < last and not ended_by_it:
             continue
         earlier = [request for request in asked if request < number]
         if number in asked and earlier and is_refused_for_content(error):

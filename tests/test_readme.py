@@ -141,10 +141,13 @@ def test_the_fresh_start_removes_the_database_and_the_bill(sqlite_app: App) -> N
     assert "answers from its record" not in again.stdout
 
 
-def test_the_five_lines_of_a_program_run_as_they_stand(sqlite_app: App) -> None:
+@pytest.mark.parametrize("quiet", [False, True])
+def test_the_five_lines_of_a_program_run_as_they_stand(sqlite_app: App, quiet: bool) -> None:
     [program] = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert "DBOS's log appears, unless you give the logger `dbos` a handler." in README
+    handler = "import logging; logging.getLogger('dbos').addHandler(logging.NullHandler())\n"
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", handler * quiet + program],
         env={
             "PYTHONPATH": str(PROJECT),
             "DBOS_SYSTEM_DATABASE_URL": sqlite_app.database_url,
@@ -156,6 +159,7 @@ def test_the_five_lines_of_a_program_run_as_they_stand(sqlite_app: App) -> None:
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "Acme works in quantum hardware with 14586 people. 0"
+    assert ("dbos:" in done.stdout + done.stderr) is not quiet
 
 
 def test_dbos_own_command_cancels_a_run_and_the_same_command_resumes_it(app: App) -> None:
