@@ -1,0 +1,87 @@
+"""The states in which a run can be found, and what a claim needs to know of a question.
+
+The `match` of `research()` in agent.py says which move fits which state.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, Protocol
+
+from dbos import DBOSClient, EnqueueOptions, StepInfo, WorkflowStatus
+
+from durable.definition import Report
+from durable.errors import DurableError
+
+
+@dataclass(frozen=True)
+class New:
+    """The run is not stored."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A live process executes the run, or this process is about to."""
+
+
+@dataclass(frozen=True)
+class Finished(Generic[Report]):
+    """The run has its report."""
+
+    run: WorkflowStatus
+    report: Report
+    steps: list[StepInfo]
+    restored: list[StepInfo]
+    """The steps that were stored when this claim last put the run into the queue."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The run, or its last step, has failed. Resumed as it is, it would raise that error again."""
+
+    step: int
+    """The number of the step from which the run must go on."""
+    error: object
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """Nobody executes the run: it was interrupted, cancelled, lost, or is in another's queue."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The run has ended without a report since this claim put it into the queue."""
+
+    error: DurableError
+
+
+State = New | Running | Finished[Report] | Failed | Interrupted | Ended
+
+
+class Claimable(Protocol):
+    """What a claim needs to know of a question."""
+
+    @property
+    def run_id(self) -> str:
+        """The ID of the question's run."""
+
+    @property
+    def model(self) -> str:
+        """The name of the model that is asked."""
+
+    def enqueue(self, client: DBOSClient, options: EnqueueOptions) -> None:
+        """Store the run, which is new, in the queue that the options name."""
+
+
+def refuse_other_code(run: WorkflowStatus, version: str, workflow_name: str) -> None:
+    """Raise `DurableError` if DBOS would wait for another program to execute a run, for ever."""
+    if run.app_version != version:
+        raise DurableError(
+            f"run {run.workflow_id} belongs to version {run.app_version} of this app, which is"
+            f" version {version}.\n"
+            "Finish it with that version, or start a new run with another --bucket."
+        )
+    if run.name != workflow_name:
+        raise DurableError(
+            f"run {run.workflow_id} is one of another workflow, {run.name}.\n"
+            "Start a new run with another --bucket."
+        )
