@@ -4,11 +4,11 @@ The `match` of `research()` in agent.py says which move fits which state.
 """
 
 from dataclasses import dataclass
-from typing import Generic, Protocol
+from typing import Any, Generic, Protocol
 
 from dbos import DBOSClient, EnqueueOptions, StepInfo, WorkflowStatus
 
-from durable.definition import Report
+from durable.definition import AgentDefinition, Report
 from durable.errors import DurableError
 
 
@@ -64,24 +64,20 @@ class Claimable(Protocol):
     def run_id(self) -> str:
         """The ID of the question's run."""
 
-    @property
-    def model(self) -> str:
-        """The name of the model that is asked."""
-
     def enqueue(self, client: DBOSClient, options: EnqueueOptions) -> None:
         """Store the run, which is new, in the queue that the options name."""
 
 
-def refuse_other_code(run: WorkflowStatus, version: str, workflow_name: str) -> None:
+def refuse_other_code(run: WorkflowStatus, version: str, definition: AgentDefinition[Any]) -> None:
     """Raise `DurableError` if DBOS would wait for another program to execute a run, for ever."""
     if run.app_version != version:
         raise DurableError(
             f"run {run.workflow_id} belongs to version {run.app_version} of this app, which is"
             f" version {version}.\n"
-            "Finish it with that version, or start a new run with another --bucket."
+            f"Finish it with that version, or {definition.to_start_anew}."
         )
-    if run.name != workflow_name:
+    if run.name != definition.workflow_name:
         raise DurableError(
             f"run {run.workflow_id} is one of another workflow, {run.name}.\n"
-            "Start a new run with another --bucket."
+            f"Finish it with the program that began it, or {definition.to_start_anew}."
         )
