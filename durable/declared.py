@@ -95,10 +95,9 @@ def is_of_type(value: Any, expected: Any) -> bool:
     """Tell whether a value is of a type, whatever is inside; what cannot be told passes."""
     origin, args = get_origin(expected), get_args(expected)
     if origin is Literal:
-        return any(
-            value == arg and isinstance(value, bool) == isinstance(arg, bool) for arg in args
-        )
-    cls = origin or expected
+        same_kind = [arg for arg in args if isinstance(value, bool) == isinstance(arg, bool)]
+        return value in same_kind
+    cls: Any = origin or expected
     if not isinstance(cls, type):
         return True
     if is_typeddict(cls):

@@ -142,7 +142,7 @@ def _check_inside(value: Any, expected: Any, place: _Place) -> None:
         for key, element in value.items():
             _check(key, key_type, place.at(f"key {key!r}"))
             _check(element, element_type, place.at(key))
-    elif isinstance(value, tuple) and args and args[-1] is not Ellipsis:
+    elif cls is tuple and args and args[-1] is not Ellipsis:
         _check_elements(value, args, place)
     elif isinstance(value, list | tuple | set | frozenset | deque) or (
         args and isinstance(value, Collection) and not isinstance(value, str | bytes)
