@@ -37,7 +37,13 @@ from durable.errors import UnreadableError
 
 
 def read_stored(
-    run_id: str, name: str, value: object, expected: Any, *, enforced: bool = True
+    run_id: str,
+    name: str,
+    value: object,
+    expected: Any,
+    *,
+    to_start_anew: str = "start a new run",
+    enforced: bool = True,
 ) -> Any:
     """Return a stored value, which is not changed; raise `UnreadableError` if it does not fit.
 
@@ -46,10 +52,11 @@ def read_stored(
         name: What it is, for the error.
         value: As DBOS returns it.
         expected: The type that today's code declares; `Any`, if it declares none.
+        to_start_anew: What a person does to get a new run of the same question, for the error.
         enforced: Whether a value of another type could not have been stored. A tool's result could:
             it goes to the model as JSON, and nobody compares it with the tool's return annotation.
     """
-    way_out = "Go back to the code that stored it, or ask as a new run."
+    way_out = f"Go back to the code that stored it, or {to_start_anew}."
     if is_pickle(value):  # DBOS returns the raw text in place of what it cannot unpickle
         raise UnreadableError(
             f"the {name} that run {run_id} has stored can no longer be unpickled: a class or module"

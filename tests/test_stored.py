@@ -298,7 +298,7 @@ ACCEPTED: list[tuple[object, Any]] = [
     (Special(name="a", extra="b"), Item),
     (Point(1, 2, ["a"], ITEM), Point),
     (Slotted(1), Slotted),
-    (Validated(companyName="Acme"), Validated),  # type: ignore[call-arg]
+    (Validated(companyName="Acme"), Validated),
     (Box(ITEM), Box[Item]),
     (ring(), Ring),
     (Pair(1, ITEM), Pair),
@@ -393,7 +393,7 @@ REFUSED: list[tuple[object, Any, str]] = [
     (Point(1, tags=[1]), Point, "tags.0: int is stored"),  # type: ignore[list-item]
     (lacking(Slotted(1), "x"), Slotted, "x: Field required"),
     (Slotted("1"), Slotted, "x: str is stored"),  # type: ignore[arg-type]
-    (holding(Validated(companyName="a"), name=1), Validated, "name: int"),  # type: ignore[call-arg]
+    (holding(Validated(companyName="a"), name=1), Validated, "name: int"),
     (Box(NAMELESS), Box[Item], "content.name: Field required"),
     (Pair(1, NAMELESS), Pair, "right.name: Field required"),
     (Pair("1", ITEM), Pair, "left: str is stored"),  # type: ignore[arg-type]
@@ -433,7 +433,7 @@ def test_what_older_code_has_stored_is_refused_with_its_place(
     with pytest.raises(UnreadableError) as caught:
         read_stored("run-1", "step", value, expected, enforced=enforced)
     assert f"the step that run run-1 has stored no longer fits: {told}" in str(caught.value)
-    assert "ask as a new run" in str(caught.value)
+    assert "Go back to the code that stored it, or start a new run." in str(caught.value)
 
 
 DIFFERENT: list[tuple[object, Any]] = [
@@ -472,7 +472,7 @@ def test_what_cannot_be_unpickled_is_refused_whatever_is_expected(
     with pytest.raises(UnreadableError, match="can no longer be unpickled") as caught:
         read_stored("run", "step", raw, expected, enforced=False)
     assert "a class or module that it is made of is gone" in str(caught.value)
-    assert "Go back to the code that stored it, or ask as a new run." in str(caught.value)
+    assert "Go back to the code that stored it, or start a new run." in str(caught.value)
 
 
 def messages() -> list[ai.ModelMessage]:
