@@ -106,12 +106,11 @@ def is_of_type(value: Any, expected: Any) -> bool:
         return True  # as for a type checker
     if issubclass(cls, Enum) and any(value == member.value for member in cls):
         return True  # pydantic stores a member's value under `use_enum_values`
-    if is_model(cls):
-        cls = cls.__pydantic_generic_metadata__["origin"] or cls
-    elif hasattr(cls, "__get_pydantic_core_schema__"):
+    if hasattr(cls, "__get_pydantic_core_schema__") and not is_model(cls):
         return True  # a value of EmailStr is a str, one of AwareDatetime a datetime
+    generic = getattr(cls, "__pydantic_generic_metadata__", {"origin": None})
     try:
-        return isinstance(value, cls)
+        return isinstance(value, generic["origin"] or cls)
     except TypeError:  # a protocol
         return True
 

@@ -99,8 +99,8 @@ async def look_up_serialized(company_name: str) -> Serialized:
 
 
 @step
-async def look_up_computed(company_name: str) -> list[Computed]:
-    return [Computed(name=company_name)]
+async def look_up_computed(company_name: str) -> Computed:
+    return Computed(name=company_name)
 
 
 @step

@@ -74,7 +74,11 @@ VALUES: dict[str, Any] = {
     "path": Path("/tmp"),
     "keys": {DAY: 1, 2: 3, (1, 2): Color.RED, None: LETTERS},
     "dataclass": Refund("a", LETTERS),
-    "model": Order(amounts={DAY: {Decimal(1), Decimal(2)}}, refund=Refund("a", LETTERS), m=LETTERS),
+    "model": Order(
+        amounts={DAY: {Decimal(1), Decimal(2)}},
+        refund=Refund("a", LETTERS),
+        more=LETTERS,  # type: ignore[call-arg]
+    ),
     "infinite": [float("nan"), float("inf")],
 }
 
