@@ -12,9 +12,9 @@ import pytest
 from conftest import App, settings_for
 from test_research import run
 
+from agent import DEFINITION, make_executor
 from durable import DurableError
 from durable.forks import keep_from_children
-from recipes.worker import make_executor
 
 REFUSED = """
 from durable import DurableError
@@ -72,9 +72,9 @@ def test_a_program_may_try_again_after_its_database_could_not_be_opened(sqlite_a
     (sqlite_app.folder / "research.sqlite").write_text("no database at all, but long enough for it")
     settings = settings_for(sqlite_app.database_url)
     with pytest.raises(DurableError, match="cannot be used"):
-        make_executor(settings)
+        make_executor(settings, DEFINITION)
     (sqlite_app.folder / "research.sqlite").unlink()
-    make_executor(settings).client.destroy()
+    make_executor(settings, DEFINITION).client.destroy()
 
 
 # ---------------------------------------------------------------- an event loop, another DBOS
@@ -103,7 +103,7 @@ def test_a_worker_is_not_launched_in_an_event_loop(sqlite_app: App) -> None:
     program = """
 import asyncio
 from recipes import worker
-executor = worker.make_executor(settings)
+executor = worker.make_shared_executor(settings)
 async def main():
     refused(worker.Worker, executor)
     serving = await asyncio.to_thread(worker.Worker, executor)
