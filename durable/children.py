@@ -16,7 +16,7 @@ from durable.errors import DurableError
 from durable.executor import CHILDREN, Executor
 from durable.failures import OPEN, find_awaited, find_restart_step, find_started
 from durable.locks import is_executor_id
-from durable.states import refuse_other_code
+from durable.states import refuse_other_version
 
 
 def resume(
@@ -79,7 +79,7 @@ def move_child(executor: Executor[Any], run_id: str) -> None:
             raise DurableError(f"{run_id}, for which the run waits, is not stored any more.")
         if run.status == "SUCCESS" or is_left_to_others(run) or executor.is_being_executed(run):
             return
-        refuse_other_code(run, executor.version, run.name)
+        refuse_other_version(run, executor.version, executor.definition)
         if run.name not in find_known_workflows():
             raise DurableError(
                 f"{run_id}, for which the run waits, is a workflow that this program has not"

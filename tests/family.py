@@ -16,7 +16,7 @@ import threading
 import warnings
 from typing import Any
 
-from child import note, reach_async
+from child import note, reach, reach_async
 from dbos import DBOS
 from pydantic_ai import Agent
 from pydantic_ai import exceptions as ai_error
@@ -26,7 +26,7 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 
 import agent
 from config import Settings, load_settings
-from durable import AgentDefinition, Executor
+from durable import AgentDefinition
 
 RAISED = {
     "BaseExceptionGroup": BaseExceptionGroup("two ends", [KeyboardInterrupt(), ValueError("one")]),
@@ -147,7 +147,7 @@ def define() -> AgentDefinition[str]:
         instructions="Call each tool.",
         tools=[*KINDS[os.environ["KIND"]], act_last],
         output_type=str,
-        template='Check the company "{company}".',
+        program="-m family",
         offline_script=call_all,
     )
 
@@ -167,6 +167,21 @@ def build(settings: Settings, definition: AgentDefinition[Any]) -> object:
     return agent.build_agent(settings, definition)
 
 
+def limit_threads() -> None:
+    """Let no thread be started after so many, as where a limit of the system is reached."""
+    left = int(os.environ.get("THREADS", "1000"))
+    start = threading.Thread.start
+
+    def start_or_fail(self: threading.Thread) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    threading.Thread.start = start_or_fail  # type: ignore[method-assign]
+
+
 def set_up_logging() -> None:
     """Log as a program does, in one of three ways."""
     match os.environ.get("LOGGING"):
@@ -181,31 +196,31 @@ def set_up_logging() -> None:
 def research_all(names: list[str]) -> int:
     """Bring the runs of many companies to their ends at once, in one process."""
     settings, definition = load_settings(), define()
-    make = lambda: build(settings, definition)  # noqa: E731
     failed: list[str] = []
 
     def research_one(name: str) -> None:
-        question = agent.make_question(settings, definition, name)
+        question = agent.parse_question(settings, definition, [name])
         try:
             agent.research(executor, question)
         except Exception as error:
             failed.append(name)
             note(f"failed {name}: {error}")
 
-    database, version = settings.database, agent.APP_VERSION
-    with Executor(database, definition, make, agent.start_dbos, version) as executor:
+    with agent.make_executor(settings, definition, build) as executor:
         threads = [threading.Thread(target=research_one, args=(name,)) for name in names]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+    reach("the end")
     return int(bool(failed))
 
 
 def main() -> int:
     """Bring the run of one company, or of many with commas between them, to its end."""
     set_up_logging()
+    limit_threads()
     options = agent.make_parser("Delegate.").parse_args()
     if "," in options.company:
         return research_all(options.company.split(","))
-    return agent.research_company(options, define(), build)
+    return agent.answer(options, define(), build)
