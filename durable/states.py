@@ -70,14 +70,21 @@ class Claimable(Protocol):
 
 def refuse_other_code(run: WorkflowStatus, version: str, definition: AgentDefinition[Any]) -> None:
     """Raise `DurableError` if DBOS would wait for another program to execute a run, for ever."""
+    refuse_other_version(run, version, definition)
+    if run.name != definition.workflow_name:
+        raise DurableError(
+            f"run {run.workflow_id} is one of another workflow, {run.name}.\n"
+            f"Finish it with the program that began it, or {definition.to_start_anew}."
+        )
+
+
+def refuse_other_version(
+    run: WorkflowStatus, version: str, definition: AgentDefinition[Any]
+) -> None:
+    """Raise `DurableError` if a run, or a workflow that a run has started, is of other code."""
     if run.app_version != version:
         raise DurableError(
             f"run {run.workflow_id} belongs to version {run.app_version} of this app, which is"
             f" version {version}.\n"
             f"Finish it with that version, or {definition.to_start_anew}."
-        )
-    if run.name != definition.workflow_name:
-        raise DurableError(
-            f"run {run.workflow_id} is one of another workflow, {run.name}.\n"
-            f"Finish it with the program that began it, or {definition.to_start_anew}."
         )
