@@ -11,12 +11,12 @@ run this is. So a run keeps the tools that its first step has stored, and a ques
 answered stays answered. Raise the version in `SERVER` to ask all questions anew.
 
 Traps:
-- Without `id`, building the agent fails. The ID is in the names of the steps: after another one,
-  an unfinished run asks for the tools again, and DBOS refuses it ("unexpected step").
+- Without `id`, the agent cannot be built. The ID is in the names of the steps: after a rename, DBOS
+  refuses to go on with unfinished runs.
 - A tool's error (`isError`) goes to the model, which can mend it. An error of the protocol is an
   outage here. Pydantic AI's default hands both to the model, and nothing is retried.
-- A server that dies during a run is not started again: the run fails, and the next process, which
-  starts a new one, resumes it.
+- A server that dies during a run is not started again by this process. The attempts that are left
+  fail, the run fails, and the next process, which starts a new server, resumes the run.
 - A server that is started by this process may outlive its SIGKILL for a moment, and act. The
   idempotency key covers that, if the server honours it.
 - A checkpoint holds Pydantic AI's own object around the server's answer, and `durable` does not
