@@ -84,11 +84,15 @@ class SimulatedService:
                 return {**payload, "revenue_usd_millions": "n/a"}
             raise outage("simulated outage")
         self._act(key)
+        self.crash_if_told()
+        return payload
+
+    def crash_if_told(self) -> None:
+        """Kill this process, after the flaky lookup has acted, if the command line says so."""
         if self.crash:
             print_in_step("the service has acted, and nothing is stored yet: now SIGKILL")
             os.kill(os.getpid(), signal.SIGKILL)
             os._exit(137)  # as process 1 of a container, no process can kill itself
-        return payload
 
     async def _find(self, company_name: str) -> random.Random:
         await asyncio.sleep(self.latency)
