@@ -99,7 +99,8 @@ def test_the_button_kills_the_server_and_the_run_goes_on_before_ones_eyes(
     app: App, browser: Browser
 ) -> None:
     with watch(app) as (_, log, port):
-        page = open_page(browser, port)
+        page, streams = open_page(browser, port), []
+        page.on("request", lambda sent: streams.append(sent) if "/events" in sent.url else None)
         # By keyboard alone: the field, the button beside it, the button that kills.
         page.keyboard.press("Tab")
         page.keyboard.type(HOSTILE)
@@ -120,6 +121,8 @@ def test_the_button_kills_the_server_and_the_run_goes_on_before_ones_eyes(
             ["4", "model request", "ran"],
         ]
         assert page.evaluate("twice") == []
+        seen = [sent.all_headers().get("last-event-id", "") for sent in streams]
+        assert [text.partition("-")[0] for text in seen] == ["", "2"], "it connects again by itself"
         told = page.evaluate("told")
         assert [f"Connected to process {first}." in told, told[-2:]] == [
             True,
