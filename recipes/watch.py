@@ -36,7 +36,7 @@ from config import load_settings
 from demo.service import service as company_data
 from durable import DurableError
 from durable.console import print_line, run_command
-from recipes import runs, service
+from recipes import listing, service
 
 ADDRESS = "127.0.0.1"
 # The browser helps: nothing is loaded from elsewhere, no text can become HTML (trusted types), and
@@ -114,18 +114,13 @@ def get_process() -> dict[str, object]:
 def get_runs() -> list[dict[str, object]]:
     """List the newest runs of the person who watches."""
     executor, settings = service.app.state.executor, service.app.state.settings
-    found = executor.client.list_workflows(
+    newest = executor.client.list_workflows(
         name=DEFINITION.workflow_name, sort_desc=True, limit=20, load_input=False
     )
-    living, asker = runs.find_living(executor, found), runs.asker_today(settings)
+    own = [run for run in newest if listing.asker_of(run) == listing.asker_today(settings)]
     return [
-        {
-            "run_id": run.workflow_id,
-            "state": runs.describe_state(executor, settings, run, living)[0],
-            **{key: (run.attributes or {}).get(key) for key in ("label", "words", "bucket")},
-        }
-        for run in found
-        if runs.asker_of(run.attributes or {}) == asker
+        {**listed.as_data(), "words": listing.attributes_of(listed.run)["words"]}
+        for listed in listing.list_runs(executor, settings, own)
     ]
 
 
