@@ -117,7 +117,7 @@ def get_runs() -> list[dict[str, object]]:
     newest = executor.client.list_workflows(
         name=DEFINITION.workflow_name, sort_desc=True, limit=20, load_input=False
     )
-    own = [run for run in newest if listing.asker_of(run) == listing.asker_today(settings)]
+    own = [run for run in newest if listing.asker_of(run) == settings.asker]
     return [
         {**listed.as_data(), "words": listing.attributes_of(listed.run)["words"]}
         for listed in listing.list_runs(executor, settings, own)
