@@ -9,11 +9,18 @@ import math
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from pydantic_ai import RunContext, RunUsage, UsageLimitExceeded
+from pydantic_ai import AgentRunError, RunContext, RunUsage
 from pydantic_ai.capabilities import AbstractCapability, WrapRunHandler
 from pydantic_ai.run import AgentRunResult
 
 _usage: ContextVar[RunUsage] = ContextVar("usage")
+
+
+class LimitReachedError(AgentRunError):
+    """The run has used as much as it may.
+
+    Pydantic AI's own `UsageLimitExceeded` would add an advice on `UsageLimits`, which are stored.
+    """
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Limits:
     """Tokens of all requests and answers together. May be passed by one answer."""
 
     def refuse_further_request(self) -> None:
-        """Raise `UsageLimitExceeded` if the run that is executed here has reached a limit."""
+        """Raise `LimitReachedError` if the run that is executed here has reached a limit."""
         usage = _usage.get()
         cost, requests, tokens = usage.cost or 0, usage.requests, usage.total_tokens
         for reached, limit, used in (
@@ -46,7 +53,7 @@ class Limits:
             (tokens > self.tokens.value, self.tokens, f"it has used {tokens} tokens"),
         ):
             if reached:
-                raise UsageLimitExceeded(f"{used}: raise {limit.setting} ({limit.value})")
+                raise LimitReachedError(f"{used}: raise {limit.setting} ({limit.value})")
 
 
 class LimitsOfTheProcess(AbstractCapability[None]):
