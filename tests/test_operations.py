@@ -127,7 +127,7 @@ RUN_IDS = "SELECT workflow_uuid FROM {dbos}workflow_status"
     [
         ('"Globex', "it begins like JSON, and is no JSON string or array of strings."),
         ('["Globex", 5]', "it begins like JSON, and is no JSON string or array of strings."),
-        ("[]", "a question is one word"),
+        ("[]", "it begins like JSON, and is no JSON string or array of strings."),
         ('["Globex", "Initech"]', "a question is one word"),
         ('""', "the company's name has 0 characters"),
         ('"two\\nlines"', "the company's name contains the control character U+000A"),
