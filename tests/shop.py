@@ -1,6 +1,8 @@
-"""The support agent's shop, of docs/your-agent.md: a server in the tests' own process."""
+"""The support agent's shop, of docs/your-agent.md: a server in the tests' process, or in its own."""
 
 import json
+import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -11,8 +13,8 @@ class Shop(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.bill: list[tuple[str, str]] = []
         """Key, and what was done: "refunded", or "answered from the record"."""
         self.looked_up: list[str] = []
@@ -51,7 +53,11 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.deciding:
             known = key in self.server.refunds()
-            self.server.bill.append((key, "answered from the record" if known else "refunded"))
+            done = "answered from the record" if known else "refunded"
+            self.server.bill.append((key, done))
+            if __name__ == "__main__":
+                with open(os.environ["DEMO_BILL"], "a") as bill:
+                    bill.write(f"{key} {done}\n")
         self.server.acted.set()
         self.server.may_answer.wait()
         self.answer(asked)
@@ -68,3 +74,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Print nothing."""
+
+
+if __name__ == "__main__":
+    Shop(int(sys.argv[1]))
+    threading.Event().wait()
