@@ -5,6 +5,7 @@ belong to the process and are read when a step runs. In the agent's `deps` they 
 the run, and `crash` would kill every recovery as well.
 """
 
+import argparse
 import asyncio
 import hashlib
 import os
@@ -51,6 +52,17 @@ class SimulatedService:
         self.latency = _read_number("DEMO_LATENCY", "1.0", highest=10)
         self.idempotent = _read_number("DEMO_IDEMPOTENT", "1", highest=1) != 0
         self.bill = PROJECT / _read("DEMO_BILL", "service.log")
+
+    def add_option(self, parser: argparse.ArgumentParser) -> None:
+        """Give a command the option `--crash`, which sets `crash`."""
+        service = self
+
+        class Crash(argparse.Action):
+            def __call__(self, *_: object) -> None:
+                service.crash = True
+
+        what = "die by SIGKILL in the flaky tool"
+        parser.add_argument("--crash", action=Crash, nargs=0, help=what)
 
     async def overview(self, company_name: str, key: str) -> dict[str, Any]:
         """Answer what a company is; raise `UnknownCompanyError` for a name without a letter."""
