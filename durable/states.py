@@ -3,13 +3,17 @@
 The `match` of `research()` in agent.py says which move fits which state.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
 from dbos import DBOSClient, EnqueueOptions, StepInfo, WorkflowStatus
 
+from durable.database import DATABASE_ERRORS
 from durable.definition import AgentDefinition, Report
-from durable.errors import DurableError
+from durable.errors import DurableError, RunFailed
+from durable.failures import describe
 
 
 @dataclass(frozen=True)
@@ -88,3 +92,18 @@ def refuse_other_version(
             f" version {version}.\n"
             f"Finish it with that version, or {definition.to_start_anew}."
         )
+
+
+@contextmanager
+def raise_as_outcome() -> Iterator[None]:
+    """Raise whatever one run raises as a `DurableError`: it is that run's outcome, and no more.
+
+    What a run has stored can make today's code raise anything. The database's errors pass, because
+    the caller decides whether to wait, and so does Ctrl-C.
+    """
+    try:
+        yield
+    except (DurableError, *DATABASE_ERRORS):
+        raise
+    except Exception as error:
+        raise RunFailed(f"this code cannot go on with the run: {describe(error)}") from error

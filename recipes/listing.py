@@ -16,12 +16,11 @@ from dbos import WorkflowStatus
 
 from agent import APP_VERSION, DEFINITION, parse_question
 from config import Settings
-from durable import Database, DurableError, Executor
+from durable import Database, DurableError, Executor, raise_as_outcome
 from durable.console import quote
 from durable.executor import LOST
 from durable.failures import OPEN, describe, name_of_state
 from recipes import many
-from recipes.worker import raise_as_outcome
 
 WAITS_FOR = "waits_for"
 """The DBOS event in which a run tells for which answers of a person it waits: name to question."""
