@@ -1,4 +1,4 @@
-"""The support agent's shop, of docs/your-agent.md: a server, in the tests' process or alone."""
+"""The shop of docs/your-agent.md: a server in the tests' process, or in one of its own."""
 
 import json
 import os
