@@ -7,8 +7,6 @@ import sys
 import pytest
 from conftest import PROJECT, App, fresh_postgres
 
-from durable.console import shown
-
 OPERATIONS = (PROJECT / "docs" / "operations.md").read_text()
 BILLED = r":fetch_\w+:[0-9a-f]{16} billed"
 
