@@ -3,22 +3,23 @@
 A new run acts again, whatever an earlier run of the same question has done. So people are told.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from durable.claim import Claim
 from durable.failures import OPEN
 
 UNFINISHED = [*OPEN, "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+SAME = ("program", "same_words", "tenant_id", "user_id")
+"""What two runs of the same question have in common."""
 
 
-def warn_of_similar(run: Claim[Any], differences: Callable[[Mapping[str, Any]], str]) -> None:
+def warn_of_similar(run: Claim[Any], asked: Mapping[str, Any]) -> None:
     """Name the unfinished runs of the same question; in an outage of the database, name none.
 
     Args:
         run: Claims the run that is about to begin.
-        differences: Gets what is stored beside another run, its attributes. Returns in words what
-            that run has and the new one has not; "" if the other run has another question.
+        asked: What will be stored beside that run, its attributes.
     """
     executor = run.executor
     with executor.database.pause_at_outage(run.progress.warn):
@@ -29,8 +30,22 @@ def warn_of_similar(run: Claim[Any], differences: Callable[[Mapping[str, Any]], 
             load_output=False,
         )
         for other in others:
-            if unlike := differences(other.attributes or {}):
+            stored: Any = other.attributes  # another program may have stored anything
+            if isinstance(stored, dict) and all(stored.get(key) == asked[key] for key in SAME):
                 run.progress.tell(
                     f"Warning: run {other.workflow_id} has the same question and is unfinished. It"
-                    f" has {unlike}. A new run begins now, and does again what that one has done."
+                    f" has {find_differences(stored, asked)}. A new run begins now, and does again"
+                    " what that one has done."
                 )
+
+
+def find_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Say what a stored run has that makes another run of the same question."""
+    names = {
+        "prompt": "another prompt",
+        "fingerprint": "other instructions or docstrings of tools",
+        "model": f"the model {stored.get('model')}",
+        "bucket": f"the bucket {stored.get('bucket')!r}",
+    }
+    found = [name for key, name in names.items() if stored.get(key) != asked[key]]
+    return ", ".join(found) or "another run ID"
