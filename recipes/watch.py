@@ -25,7 +25,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers
@@ -124,9 +124,14 @@ def get_runs() -> list[dict[str, object]]:
     ]
 
 
-@app.post("/kill")
-def kill() -> dict[str, bool]:
-    """Kill this process by SIGKILL in its next flaky lookup; if that is awaited already, now."""
+@app.post("/kill/{pid}")
+def kill(pid: int) -> dict[str, bool]:
+    """Kill this process by SIGKILL in its next flaky lookup; if that is awaited already, now.
+
+    A browser that is cut off may send the same request again, which must not hit the next process.
+    """
+    if pid != os.getpid():
+        raise HTTPException(409, "that process has ended")
     if not app.state.armed:  # this `if` goes with demo/: the real service cannot be told to kill
         app.state.armed = company_data.crash = True
         return {"armed": True}

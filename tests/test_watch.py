@@ -122,7 +122,7 @@ def test_the_button_kills_the_server_and_the_run_goes_on_before_ones_eyes(
         ]
         assert page.evaluate("twice") == []
         seen = [sent.all_headers().get("last-event-id", "") for sent in streams]
-        assert [text.partition("-")[0] for text in seen] == ["", "2"], "it connects again by itself"
+        assert [text.partition("-")[0] for text in seen] in (["", "1"], ["", "2"]), seen
         told = page.evaluate("told")
         assert [f"Connected to process {first}." in told, told[-2:]] == [
             True,
@@ -154,6 +154,13 @@ def test_the_button_kills_the_server_and_the_run_goes_on_before_ones_eyes(
         page.get_by_role("button", name="Kill it now").click()
         page.get_by_text(f"Process {second} is gone.").wait_for()
         assert [row[-1] for row in rows(page)] == ["restored"] * 4
+
+        # A run that a command has left is resumed from the list.
+        assert app.run("Globex", "--crash").wait() == -signal.SIGKILL
+        page.get_by_role("button", name="Globex interrupted").click()
+        page.get_by_role("button", name="Resume").click()
+        page.locator("dd", has_text="Globex").first.wait_for()
+        assert [row[-1] for row in rows(page)] == ["ran"] * 4, "in the time of this server"
         page.close()
 
 
@@ -173,7 +180,7 @@ def test_what_another_website_sends_is_refused_and_ctrl_c_ends_all(sqlite_app: A
         own = f"127.0.0.1:{port}"
         assert send(port, "GET", "/process") == 200
         assert send(port, "GET", "/", Host=f"localhost:{port}") == 200
-        everything = [("GET", "/"), ("GET", "/runs"), ("POST", "/reports"), ("POST", "/kill")]
+        everything = [("GET", "/"), ("GET", "/runs"), ("POST", "/reports"), ("POST", "/kill/1")]
         for method, path in [*everything, ("GET", "/process"), ("GET", "/reports/x")]:
             for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"https://{own}"):
                 assert send(port, method, path, Origin=origin) == 403, (path, origin)
@@ -183,6 +190,7 @@ def test_what_another_website_sends_is_refused_and_ctrl_c_ends_all(sqlite_app: A
                 assert send(port, method, path, Host=name, Origin=f"http://{name}") == 403, name
                 assert send(port, method, path, Host=name) == 403, name
         assert log.read_text().count("begins") == 1, "nobody has killed it"
+        assert send(port, "POST", "/kill/1") == 409, "it is meant for another process"
         assert send(port, "POST", "/reports", Origin=f"http://{own}") == 202
         assert sqlite_app.statuses(), "the page's own request is taken"
 
