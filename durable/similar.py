@@ -31,21 +31,23 @@ def warn_of_similar(run: Claim[Any], asked: Mapping[str, Any]) -> None:
         )
         for other in others:
             stored: Any = other.attributes  # another program may have stored anything
-            if isinstance(stored, dict) and all(stored.get(key) == asked[key] for key in SAME):
+            if not isinstance(stored, dict) or any(stored.get(key) != asked[key] for key in SAME):
+                continue
+            # A fork differs in nothing from its base, and repeats steps on purpose.
+            if differences := find_differences(stored, asked):
                 run.progress.tell(
                     f"Warning: run {other.workflow_id} has the same question and is unfinished. It"
-                    f" has {find_differences(stored, asked)}. A new run begins now, and does again"
-                    " what that one has done."
+                    f" has {differences}. A new run begins now, and does again what that one has"
+                    " done."
                 )
 
 
 def find_differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Say what a stored run has that makes another run of the same question."""
+    """Say what a stored run has that makes another run of the same question; "" for a fork."""
     names = {
         "prompt": "another prompt",
         "fingerprint": "other instructions or docstrings of tools",
         "model": f"the model {stored.get('model')}",
         "bucket": f"the bucket {stored.get('bucket')!r}",
     }
-    found = [name for key, name in names.items() if stored.get(key) != asked[key]]
-    return ", ".join(found) or "another run ID"
+    return ", ".join(name for key, name in names.items() if stored.get(key) != asked[key])
