@@ -172,7 +172,8 @@ class Round:
                 return
             time.sleep(0.005)
         for process, _ in lives.values():
-            process.signal(signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it was killed a moment ago
+                process.signal(signal.SIGTERM)
             wait_for_end(process)
         self.judge()
         self.judge_the_end()
@@ -237,6 +238,8 @@ class Campaign:
         while self.killed.total() < self.kills:
             number = next(self.rounds)
             self.play(number, ORDER[number % len(ORDER)], KILLS)
+            if number % 50 == 0:
+                print(f"round {number}: {self.killed.total()} kills so far", flush=True)
 
     def play(self, number: int, sort: Sort, kills: int) -> None:
         app = self.place.make_app(number, sort)
