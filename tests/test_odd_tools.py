@@ -3,7 +3,7 @@
 import functools
 import signal
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import child
 import odd_tools
@@ -88,7 +88,8 @@ def test_what_such_a_tool_has_stored_is_compared_under_the_name_of_its_step(
     tool: Any, step: str
 ) -> None:
     def stored(output: object) -> list[StepInfo]:
-        return [StepInfo(function_name=step, output=output, error=None)]  # type: ignore[typeddict-item]
+        found = {"function_name": step, "output": output, "error": None, "child_workflow_id": None}
+        return [cast(StepInfo, found)]
 
     definition = having(tool)
     definition.refuse_unreadable("run", stored(Aliased(companyName="a")))
