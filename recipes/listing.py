@@ -144,6 +144,8 @@ class Listed:
             **{name: stored.get(name) for name in TEXTS if name != "fingerprint"},
             "version": self.run.app_version,
             "created_at": moment(self.run.created_at or 0).isoformat(),
+            # When the run was last put into a queue or taken from one, or has ended.
+            "updated_at": moment(self.run.updated_at or self.run.created_at or 0).isoformat(),
             "ended_at": moment(ended).isoformat() if ended else None,
             "kind": self.kind,
             "state": self.state,

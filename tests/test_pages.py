@@ -56,8 +56,11 @@ def test_after_yesterdays_backup_is_restored_runs_go_on_from_there_or_begin_anew
     assert (sqlite_app.folder / "service.log").read_text().count("billed") == billed
 
 
-def test_two_agents_on_one_database_leave_each_others_runs_alone(app: App) -> None:
-    other = {"name": "support_agent", "instructions": "Answer the customer."}
+@pytest.mark.parametrize("more", [{}, {"app_name": "support", "version": "support-1"}])
+def test_two_agents_on_one_database_leave_each_others_runs_alone(
+    app: App, more: dict[str, str]
+) -> None:
+    other = {"name": "support_agent", "instructions": "Answer the customer.", **more}
     app.run("Acme", KILL_AT="before commit 3", patches=other)
     app.run("Acme", KILL_AT="before commit 3")
     listed = app.run(recipe="runs").stdout
@@ -69,6 +72,17 @@ def test_two_agents_on_one_database_leave_each_others_runs_alone(app: App) -> No
     assert theirs.wait() == 0, theirs.stderr
     assert "interrupted, resumes after 2 finished steps" in in_one_line(theirs.stdout)
     assert app.repeated() == []
+
+
+@pytest.mark.parametrize("recipe", ["", "worker"])
+def test_an_app_with_the_version_of_another_app_is_told_so(app: App, recipe: str) -> None:
+    assert app.run("Acme").wait() == 0
+    words = () if recipe else ("Acme",)
+    refused = app.run(*words, recipe=recipe, patches={"app_name": "support"})
+    assert refused.wait() == 2
+    assert refused.stderr.startswith("error: DBOS cannot be launched: ")
+    assert "is already registered by application" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize("seconds", [-86400, 86400])
