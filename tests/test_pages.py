@@ -77,7 +77,7 @@ def test_two_agents_on_one_database_leave_each_others_runs_alone(
 @pytest.mark.parametrize("recipe", ["", "worker"])
 def test_an_app_with_the_version_of_another_app_is_told_so(app: App, recipe: str) -> None:
     assert app.run("Acme").wait() == 0
-    words = () if recipe else ("Acme",)
+    words = () if recipe else ("Globex",)
     refused = app.run(*words, recipe=recipe, patches={"app_name": "support"})
     assert refused.wait() == 2
     assert refused.stderr.startswith("error: DBOS cannot be launched: ")
