@@ -22,7 +22,10 @@ from config import Settings, load_settings
 from durable import MODEL_STEP, AgentDefinition, LimitsOfTheProcess, durable_model
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "operations.md").read_text()
-STARTS = {"a helper": "from pydantic_ai import Agent, ModelSettings, RunContext", "no keys": "@DBOS.step(timeout_seconds=30)\nasync def wire"}
+STARTS = {
+    "a helper": "from pydantic_ai import Agent, ModelSettings, RunContext",
+    "no keys": "@DBOS.step(timeout_seconds=30)\nasync def wire",
+}
 CALLS: dict[str, dict[str, Any]] = {
     "audit": {"company_name": "Acme"},
     "wire": {"invoice": "17", "account": "DE02", "cents": 100},
