@@ -68,8 +68,6 @@ class LimitsOfTheProcess(AbstractCapability[None]):
         """Lift the limit of this run, and let its model steps see what the run has used."""
         if ctx.usage_limits is not None:
             ctx.usage_limits.request_limit = None
-        before = _usage.set(ctx.usage)
-        try:
-            return await handler()
-        finally:
-            _usage.reset(before)  # this may be a sub-agent, and then its caller goes on
+        # If this is a sub-agent, its caller goes on: Pydantic AI sets the variable back for it.
+        _usage.set(ctx.usage)
+        return await handler()

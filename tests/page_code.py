@@ -72,13 +72,14 @@ async def helper_script(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.
     return ai.ModelResponse(parts=[ai.TextPart("audited")])
 
 
-async def call_once(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.ModelResponse:
-    """Be the model: call the tool, and answer with what it has returned."""
+async def call_tool(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.ModelResponse:
+    """Be the model: call the tool, once or as often as CALLS says, and answer with its result."""
     await reach_async(f"inside {len(messages)}")
     note(f"effect model {DBOS.workflow_id}:{DBOS.step_id}")
-    for part in messages[-1].parts:
-        if isinstance(part, ai.ToolReturnPart):
-            return ai.ModelResponse(parts=[ai.TextPart(str(part.content))])
+    parts = [part for message in messages for part in message.parts]
+    results = [str(part.content) for part in parts if isinstance(part, ai.ToolReturnPart)]
+    if len(results) >= int(os.environ.get("CALLS", "1")):
+        return ai.ModelResponse(parts=[ai.TextPart(results[-1])])
     [tool] = info.function_tools
     return ai.ModelResponse(parts=[ai.ToolCallPart(tool.name, CALLS[tool.name])])
 
@@ -88,6 +89,8 @@ async def call_once(messages: list[ai.ModelMessage], info: AgentInfo) -> ai.Mode
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     if block.startswith(STARTS[os.environ["PART"]])
 ]
+if "OWN_USAGE" in os.environ:  # the page says what the argument is for
+    code = code.replace(", usage=ctx.usage)", ")")
 exec(code, globals())
 
 
@@ -106,6 +109,6 @@ def main() -> int:
         tools=[tool],
         output_type=str,
         program="-m page_code",
-        offline_script=call_once,
+        offline_script=call_tool,
     )
     return agent.answer(agent.make_parser("Try a page.").parse_args(), definition, build)

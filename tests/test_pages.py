@@ -122,6 +122,18 @@ def test_a_helper_of_the_page_counts_for_the_limits_of_the_run(app: App) -> None
     assert (len(app.ledger("effect helper")), len(app.ledger("effect model"))) == (1, 2)
 
 
+def test_after_a_helper_with_a_usage_of_its_own_the_runs_requests_still_count(app: App) -> None:
+    """The helper has used one answer in each of its two runs, and the run itself has used two."""
+    own = {"OWN_USAGE": "1", "CALLS": "2"}
+    refused = try_page(app, "a helper", REQUEST_LIMIT="2", **own)
+    assert refused.wait() == 1
+    assert "it has used 2 answers: raise REQUEST_LIMIT (2)" in in_one_line(refused.stderr)
+    assert len(app.ledger("effect helper")) == 2
+    again = try_page(app, "a helper", REQUEST_LIMIT="3", **own)
+    assert again.wait() == 0, again.stderr
+    assert (len(app.ledger("effect helper")), len(app.ledger("effect model"))) == (2, 3)
+
+
 @pytest.mark.parametrize("has_acted", [True, False])
 def test_a_call_without_a_key_that_may_have_acted_stops_until_a_person_has_looked(
     app: App, has_acted: bool
