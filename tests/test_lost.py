@@ -3,6 +3,8 @@
 Neither depends on DBOS's log, which a program may have switched off.
 """
 
+import signal
+
 import pytest
 from conftest import App, wait_for
 from sqlalchemy import make_url
@@ -77,6 +79,21 @@ def test_runs_are_not_taken_for_lost_while_a_tool_blocks_the_event_loop(
     assert app.ledger("try resume") == []
     assert app.repeated() == []
     assert effects(app, "last") == 12
+
+
+def test_a_run_that_was_taken_from_the_queue_and_has_not_begun_is_not_taken_for_lost(
+    app: App,
+) -> None:
+    """DBOS executes nothing in this moment, and its event loop answers."""
+    app.run("Acme", recipe="many", KILL_AT="after enqueue")
+    worker = app.start(recipe="worker", patches={"look": 0.1}, WAIT_AT="after dequeue")
+    app.until("waiting after dequeue")
+    app.until("done look", times=len(app.ledger("done look")) + 4)
+    app.open_gate()
+    wait_for(lambda: app.statuses() == {"SUCCESS": 1}, "the run to finish")
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0, worker.stderr
+    assert app.ledger("try resume") == []
 
 
 @pytest.mark.parametrize("log", LOUD)

@@ -71,6 +71,7 @@ def test_a_run_killed_while_the_server_works_is_billed_once(app: App, provider: 
     killed.wait()
     finished = run(app, **provider.environment)
     assert finished.wait() == 0, finished.stderr
+    assert "step 3:" not in finished.stdout
     assert "step 4: fetch_financial_metrics calls" in finished.stdout
     counts = bill(app)
     assert counts["fetch_company_overview billed"] == 1

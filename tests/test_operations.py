@@ -181,10 +181,14 @@ TEN_SECONDS = 10.0
 """After which a container platform kills (`docker stop`)."""
 
 
-def test_a_worker_ends_within_the_grace_period_while_a_step_runs(app: App) -> None:
+@pytest.mark.parametrize("point", ["inside 3", "before commit 3"])
+def test_a_worker_ends_within_the_grace_period_while_a_step_runs_or_is_stored(
+    app: App, point: str
+) -> None:
+    """The interpreter would wait, at its end, for the thread that stores a checkpoint."""
     app.run("Acme", recipe="many", KILL_AT="after enqueue")
-    worker = app.start(recipe="worker", WAIT_AT="inside 3")
-    app.until("waiting inside 3")
+    worker = app.start(recipe="worker", WAIT_AT=point)
+    app.until(f"waiting {point}")
     worker.signal(signal.SIGTERM)
     asked = time.monotonic()
     assert worker.wait() == 0, worker.stderr
