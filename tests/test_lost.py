@@ -81,13 +81,14 @@ def test_runs_are_not_taken_for_lost_while_a_tool_blocks_the_event_loop(
     assert effects(app, "last") == 12
 
 
+@pytest.mark.parametrize("point", ["after dequeue", "before begin"])
 def test_a_run_that_was_taken_from_the_queue_and_has_not_begun_is_not_taken_for_lost(
-    app: App,
+    app: App, point: str
 ) -> None:
-    """DBOS executes nothing in this moment, and its event loop answers."""
+    """At the second point, the event loop is blocked, and DBOS goes on to look into its queue."""
     app.run("Acme", recipe="many", KILL_AT="after enqueue")
-    worker = app.start(recipe="worker", patches={"look": 0.1}, WAIT_AT="after dequeue")
-    app.until("waiting after dequeue")
+    worker = app.start(recipe="worker", patches={"look": 0.1}, WAIT_AT=point)
+    app.until(f"waiting {point}")
     app.until("done look", times=len(app.ledger("done look")) + 4)
     app.open_gate()
     wait_for(lambda: app.statuses() == {"SUCCESS": 1}, "the run to finish")
