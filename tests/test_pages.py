@@ -51,6 +51,7 @@ def test_after_yesterdays_backup_is_restored_runs_go_on_from_there_or_begin_anew
     (sqlite_app.folder / "backup.sqlite").rename(file)
     again = sqlite_app.run("Acme")
     assert "interrupted, resumes after 2 finished steps" in in_one_line(again.stdout)
+    assert "step 2:" not in again.stdout
     lost = sqlite_app.run("Globex")
     assert ": new." in lost.stdout
     assert (sqlite_app.folder / "service.log").read_text().count("billed") == billed
@@ -172,4 +173,6 @@ def test_a_backup_by_pg_dump_in_the_middle_of_a_run_lets_the_run_go_on_from_ther
     again = app.run("Acme")
     assert again.wait() == 0, again.stderr
     assert "interrupted, resumes after 2 finished steps" in in_one_line(again.stdout)
+    assert "step 2:" not in again.stdout
+    assert "step 3:" in again.stdout
     assert (tmp_path / "service.log").read_text().count("billed") == 2
