@@ -3,7 +3,8 @@
 Traps:
 - Whoever resumes a failed run holds its lock. So whoever deletes one must hold it, too.
 - A worker takes an enqueued run without that lock. So such a run is cancelled before it is deleted.
-- A run that its process executes is not deleted: its steps would go on, and act.
+- A run that its process executes is not deleted: its steps would go on, and act. (The last step of
+  a run that was cancelled just now may still go on.)
 """
 
 from collections.abc import Iterable
