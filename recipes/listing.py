@@ -112,7 +112,8 @@ def is_answered(database: Database, run_id: str, name: str) -> bool:
     schema = "" if database.is_sqlite else "dbos."
     where = "WHERE destination_uuid = :run AND topic = :name"
     query = sqlalchemy.text(f"SELECT 1 FROM {schema}notifications {where}")  # noqa: S608
-    with sqlalchemy.create_engine(database.url).connect() as connection:
+    engine = sqlalchemy.create_engine(database.url, poolclass=sqlalchemy.NullPool)
+    with engine.connect() as connection:
         return bool(connection.scalar(query, {"run": run_id, "name": name}))
 
 

@@ -15,7 +15,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, fresh_postgres
+from conftest import NO_CACHE, PROJECT, fresh_postgres
 
 from durable import dbos_internals
 
@@ -203,7 +203,7 @@ def test_only_one_file_of_the_app_uses_what_dbos_does_not_promise(path: Path) ->
 
 
 def test_durable_is_imported_without_the_rest_of_the_app(tmp_path: Path) -> None:
-    shutil.copytree(PROJECT / "durable", tmp_path / "durable")
+    shutil.copytree(PROJECT / "durable", tmp_path / "durable", ignore=NO_CACHE)
     modules = [f"durable.{path.stem}" for path in sorted((tmp_path / "durable").glob("*.py"))]
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {', '.join(modules)}"
     command = [sys.executable, "-I", "-c", script.replace(".__init__", "")]

@@ -10,6 +10,7 @@ from test_service import ask, post, serve
 
 from durable.errors import DurableError
 from recipes.many import read_words
+from recipes.worker import GRACE
 
 UNFIT = {"unfit": "acme", "look": 0.1}
 """What the run of Acme has stored makes the code raise a TypeError. A worker looks often."""
@@ -187,7 +188,8 @@ def test_a_worker_ends_within_the_grace_period_while_a_step_runs_or_is_stored(
 ) -> None:
     """The interpreter would wait, at its end, for the thread that stores a checkpoint."""
     app.run("Acme", recipe="many", KILL_AT="after enqueue")
-    worker = app.start(recipe="worker", WAIT_AT=point)
+    assert GRACE + 1 < TEN_SECONDS
+    worker = app.start(recipe="worker", WAIT_AT=point, patches={"grace": 4})
     app.until(f"waiting {point}")
     worker.signal(signal.SIGTERM)
     asked = time.monotonic()
@@ -207,6 +209,8 @@ async def financials(self, company_name, key):
     time.sleep(600)  # it blocks DBOS's event loop
 
 demo.service.SimulatedService.financials = financials
+from recipes import worker
+worker.GRACE = 4
 from recipes.service import app
 """
 

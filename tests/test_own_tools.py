@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT, wait_for
+from conftest import NO_CACHE, PROJECT, wait_for
 
 PAGE = (PROJECT / "docs" / "your-agent.md").read_text()
 HEAD = '''"""Ask for the weather: `python mine.py Oslo`."""
@@ -93,7 +93,7 @@ def build(folder: Path) -> Path:
     for name in ("agent.py", "config.py", "tools.py"):
         shutil.copy(PROJECT / name, folder)
     for name in ("durable", "demo"):
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PROJECT / name, folder / name, ignore=NO_CACHE)
     return folder
 
 

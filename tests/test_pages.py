@@ -1,5 +1,6 @@
 """What docs/operations.md says is done as it says, and judged."""
 
+import contextlib
 import re
 import signal
 import sqlite3
@@ -146,7 +147,7 @@ def test_a_call_without_a_key_that_may_have_acted_stops_until_a_person_has_looke
     assert "OutcomeUnknownError: wire:17: has it acted?" in in_one_line(asked.stderr)
     assert len(app.ledger("effect wire")) == 1
     written = "UPDATE attempts SET result = 'sent'" if has_acted else "DELETE FROM attempts"
-    with sqlite3.connect(app.folder / "attempts.sqlite") as file:
+    with contextlib.closing(sqlite3.connect(app.folder / "attempts.sqlite")) as file, file:
         file.execute(written)
     done = try_page(app, "no keys")
     assert done.wait() == 0, done.stderr

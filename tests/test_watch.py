@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, PROJECT, App, wait_for
+from conftest import NO_CACHE, PATIENCE, PROJECT, App, wait_for
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 HOSTILE = "<img src=x onerror=\"document.title='taken over'\">"
@@ -35,13 +35,13 @@ def watch(app: App) -> Iterator[tuple[subprocess.Popen[bytes], Path, int]]:
     """Run the recipe in a copy of the project; yield its process, what it prints, and its port."""
     folder, log = app.folder / "copy", app.folder / "log"
     for name in ("demo", "durable", "recipes"):
-        shutil.copytree(PROJECT / name, folder / name)
+        shutil.copytree(PROJECT / name, folder / name, ignore=NO_CACHE)
     for name in ("agent.py", "config.py", "tools.py"):
         shutil.copy(PROJECT / name, folder / name)
     settings = {
         "PATH": os.environ["PATH"],
         "DBOS_SYSTEM_DATABASE_URL": app.database_url,
-        "DEMO_LATENCY": "0.3",
+        "DEMO_LATENCY": "1.5",
         "DEMO_FAILURE_RATE": "0",
         "DEMO_BILL": str(app.folder / "service.log"),
     }
@@ -152,7 +152,7 @@ def test_the_button_kills_the_server_and_the_run_goes_on_before_ones_eyes(
         # Nothing calls a tool now, so the second press kills at once.
         page.get_by_role("button", name="Kill the server").click()
         page.get_by_role("button", name="Kill it now").click()
-        page.get_by_text(f"Process {second} is gone.").wait_for()
+        page.get_by_text(f"Process {second} is gone. Process").wait_for()
         assert [row[-1] for row in rows(page)] == ["restored"] * 4
 
         # A run that a command has left is resumed from the list.
