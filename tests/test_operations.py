@@ -180,6 +180,8 @@ def test_a_batch_ends_after_the_runs_of_others_that_it_executes(app: App) -> Non
 
 TEN_SECONDS = 10.0
 """After which a container platform kills (`docker stop`)."""
+LESS = 4.0
+"""The grace period here, so that a busy machine has three seconds more than the product's one."""
 
 
 @pytest.mark.parametrize("point", ["inside 3", "before commit 3"])
@@ -189,17 +191,17 @@ def test_a_worker_ends_within_the_grace_period_while_a_step_runs_or_is_stored(
     """The interpreter would wait, at its end, for the thread that stores a checkpoint."""
     app.run("Acme", recipe="many", KILL_AT="after enqueue")
     assert GRACE + 1 < TEN_SECONDS
-    worker = app.start(recipe="worker", WAIT_AT=point, patches={"grace": 4})
+    worker = app.start(recipe="worker", WAIT_AT=point, patches={"grace": LESS})
     app.until(f"waiting {point}")
     worker.signal(signal.SIGTERM)
     asked = time.monotonic()
     assert worker.wait() == 0, worker.stderr
-    assert time.monotonic() - asked < TEN_SECONDS
+    assert time.monotonic() - asked < LESS + 4
     assert app.run("Acme").wait() == 0
     assert app.repeated() == []
 
 
-BLOCKS = """
+BLOCKS = f"""
 import os, time
 import demo.service
 from pathlib import Path
@@ -210,7 +212,7 @@ async def financials(self, company_name, key):
 
 demo.service.SimulatedService.financials = financials
 from recipes import worker
-worker.GRACE = 4
+worker.GRACE = {LESS}
 from recipes.service import app
 """
 
@@ -223,7 +225,7 @@ def test_the_service_ends_within_the_grace_period_while_a_step_blocks(app: App) 
         server.send_signal(signal.SIGTERM)
         asked = time.monotonic()
         wait_for(lambda: server.poll() is not None, "the service to end")
-        assert time.monotonic() - asked < TEN_SECONDS
+        assert time.monotonic() - asked < LESS + 4
     assert app.status() == "PENDING"
     assert app.run("Acme").wait() == 0
     assert app.repeated() == []
