@@ -37,8 +37,10 @@ def bill(app: App) -> Counter[str]:
 
 def server_of(process: Process) -> int:
     """Wait until a process has started its server; return the server's number."""
-    children = Path(f"/proc/{process.pid}/task").glob("*/children")
-    return int(wait_for(lambda: "".join(path.read_text() for path in children), "a server"))
+    tasks = Path(f"/proc/{process.pid}/task")
+    return int(
+        wait_for(lambda: "".join(path.read_text() for path in tasks.glob("*/children")), "a server")
+    )
 
 
 def test_a_call_is_made_once_more_only_if_it_was_killed_before_its_checkpoint(app: App) -> None:
