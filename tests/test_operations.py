@@ -217,6 +217,28 @@ from recipes.service import app
 """
 
 
+AGAIN = """
+import signal, threading, types
+from recipes import service
+
+class Event(threading.Event):
+    def set(self):
+        with self._cond:  # as it is in threading.Event
+            signal.raise_signal(signal.SIGTERM)
+            self._flag = True
+
+service.threading = types.SimpleNamespace(Event=Event)
+from recipes.service import app
+"""
+
+
+def test_the_service_ends_though_the_signal_comes_again_while_it_is_dealt_with(app: App) -> None:
+    """`timeout` and `uv run` both send it on, to the process and to its group."""
+    with serve(app, mine=AGAIN) as (server, _):
+        server.terminate()
+        wait_for(lambda: server.poll() is not None, "the service to end")
+
+
 def test_the_service_ends_within_the_grace_period_while_a_step_blocks(app: App) -> None:
     with serve(app, mine=BLOCKS) as (server, url):
         assert post(url, "Acme")[0] == 202
