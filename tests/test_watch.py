@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NO_CACHE, PATIENCE, PROJECT, App, wait_for
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 HOSTILE = "<img src=x onerror=\"document.title='taken over'\">"
 HISTORY = """
@@ -161,6 +161,31 @@ def test_the_button_kills_the_server_and_the_run_goes_on_before_ones_eyes(
         page.get_by_role("button", name="Resume").click()
         page.locator("dd", has_text="Globex").first.wait_for()
         assert [row[-1] for row in rows(page)] == ["ran"] * 4, "in the time of this server"
+        page.close()
+
+
+def test_an_answer_from_before_the_death_does_not_end_the_cut_on_the_page(
+    sqlite_app: App, browser: Browser
+) -> None:
+    with watch(sqlite_app) as (_, log, port):
+        page = open_page(browser, port)
+        page.get_by_label("Research").fill("Acme")
+        page.keyboard.press("Enter")
+        page.get_by_text("under way").wait_for()
+        # The browser itself sends a request again whose connection breaks. So the old process may
+        # answer who it is, and the new one which runs there are.
+        held: list[Route] = []
+        page.route("**/runs", lambda route: held.append(route), times=1)
+        with page.expect_request("**/runs"):
+            page.get_by_role("button", name="Kill the server").click()
+        page.get_by_text("Cut off: ").wait_for()
+        held[0].continue_()
+        page.get_by_text("goes on.").wait_for()
+        first, second = re.findall(r"Process (\d+) begins", log.read_text())
+        assert page.evaluate("told")[-2:] == [
+            f"Cut off: process {first} is gone. Connecting again…",
+            f"Process {first} is gone. Process {second} goes on.",
+        ]
         page.close()
 
 
