@@ -81,7 +81,7 @@ def browser() -> Iterator[Browser]:
 
 def open_page(browser: Browser, port: int) -> Page:
     page = browser.new_page()
-    page.set_default_timeout(PATIENCE * 1000)
+    page.set_default_timeout(3 * PATIENCE * 1000)  # a run, a death and a start in one wait
     page.add_init_script(HISTORY)
     page.goto(f"http://127.0.0.1:{port}/")
     expect(page.get_by_text("Connected to process")).to_be_visible(timeout=PATIENCE * 1000)
